@@ -1,0 +1,90 @@
+"""The discriminator of stage 2: adaptive weighted discrimination (AWD).
+
+Distribution matching follows the teacher, so it can be no sharper than its two score estimates. A discriminator that
+sees real data adds what they miss: it reads the frozen teacher's own features of a noised image (PRIOR: LADD, Sauer et
+al., arXiv 2403.12015) and tells data from samples. Once a student is well placed by stage 1, what is still wrong with it
+is local, a stroke too thin or an edge too soft, while most of the feature map is already right. A head that averages
+all tokens waters the few telling ones down. AWD (PAPER: Cheng et al., arXiv 2511.08930) learns where to look:
+
+    f (B, N, C) -> LayerNorm -> keys k_i, values w_i
+    a      = softmax_i(q . k_i / sqrt(C))          ONE learned query q, so a (B, N) is a weight for each token
+    pooled = sum_i a_i w_i                         (B, C)
+    logit  = SN linear( LeakyReLU( SN linear( LayerNorm(pooled) ) ) )
+
+"SN" is a spectral norm, which keeps a discriminator's slope bounded (PRIOR: Miyato et al., arXiv 1802.05957).
+The baseline, pooling="mean", is the same head with a_i = 1/N. Nothing else differs between the two.
+
+    logits = AdaptiveWeightedDiscriminator(dims=[128])(features)      features: a list of (B, N, C), one a tapped layer
+    loss_d = discriminator_hinge(logits of data, logits of samples);  loss_g = generator_hinge(logits of samples)
+
+What the paper does not tell: the loss (hinge here, PRIOR: LADD), the layers, and the head's width. This file imports no
+file of ours.
+"""
+
+import torch
+from torch import nn
+import torch.nn.functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+
+class TokenHead(nn.Module):
+    """One logit for one layer's tokens (B, N, C), pooled by attention or by the mean."""
+
+    def __init__(self, dim, pooling):
+        super().__init__()
+        self.pooling = pooling
+        self.norm_tokens = nn.LayerNorm(dim)
+        self.keys = nn.Linear(dim, dim, bias=False)  # a bias would add the same q . b to every token: softmax drops it
+        self.query = nn.Parameter(torch.randn(dim))
+        self.values = spectral_norm(nn.Linear(dim, dim))
+        self.norm_pooled = nn.LayerNorm(dim)
+        self.hidden = spectral_norm(nn.Linear(dim, dim))
+        self.logit = spectral_norm(nn.Linear(dim, 1))
+
+    def weights(self, tokens):
+        """How much each token counts: a (B, N), rows that sum to one, for tokens (B, N, C) after LayerNorm."""
+        B, N, C = tokens.shape
+        if self.pooling == "mean":
+            return tokens.new_full((B, N), 1 / N)
+        # a = softmax_i(q . k_i / sqrt(C)),  and  q . k_i = q . (K f_i) = (q K) . f_i : one vector, no keys to compute
+        return torch.softmax(tokens @ (self.query @ self.keys.weight) / C**0.5, dim=1)
+
+    def forward(self, tokens):
+        tokens = self.norm_tokens(tokens)  # (B, N, C)
+        a = self.weights(tokens)  # (B, N)
+        # pooled = sum_i a_i w_i,  and  sum_i a_i (W f_i + b) = W (sum_i a_i f_i) + b  since the weights sum to one:
+        # the values of the pooled token are the pooled values of the tokens, at 1/N of the work.
+        pooled = self.values((a[:, :, None] * tokens).sum(dim=1))  # (B, C)
+        return self.logit(F.leaky_relu(self.hidden(self.norm_pooled(pooled)), 0.2)).squeeze(1)  # (B,)
+
+
+class AdaptiveWeightedDiscriminator(nn.Module):
+    """A head for each tapped layer of the frozen teacher.
+
+    dims: the channels C of each layer. pooling: "attention" (AWD) or "mean" (the baseline).
+    features: a list of (B, N, C), one a layer -> logits (B, len(dims)), positive for data.
+    """
+
+    def __init__(self, dims, pooling="attention"):
+        super().__init__()
+        if pooling not in ("attention", "mean"):
+            raise ValueError(f"pooling is 'attention' or 'mean', not {pooling!r}")
+        self.heads = nn.ModuleList(TokenHead(dim, pooling) for dim in dims)
+
+    def forward(self, features):
+        if len(features) != len(self.heads):
+            raise ValueError(f"this discriminator reads {len(self.heads)} layers of features, not {len(features)}")
+        return torch.stack([head(f) for head, f in zip(self.heads, features)], dim=1)  # (B, layers)
+
+
+def discriminator_hinge(logit_data, logit_gen):
+    """Mean of max(0, 1 - D(data)) + max(0, 1 + D(sample)): what the discriminator minimises. Logits of any shape.
+
+    PRIOR: the hinge loss of LADD (arXiv 2403.12015); the HD paper's own loss is not to be had.
+    """
+    return F.relu(1 - logit_data).mean() + F.relu(1 + logit_gen).mean()
+
+
+def generator_hinge(logit_gen):
+    """Minus the mean of D(sample): the generator's side of the hinge loss."""
+    return -logit_gen.mean()

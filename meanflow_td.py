@@ -1,0 +1,159 @@
+"""Stage 0 and stage 1: a flow-matching teacher, and its one-step student by MeanFlow trajectory distillation (TD).
+
+A teacher knows the velocity v(x_t, t) of the path that carries noise to data, and has to follow it in many small steps.
+A student learns the AVERAGE velocity over a whole stretch of that path, and takes the stretch in one step:
+
+    u(x_t, r, t) = 1/(t - r) * integral_r^t v(x_s, s) ds           x_r = x_t - (t - r) u(x_t, r, t)
+
+An integral makes a poor regression target, since it needs the teacher's whole path. Multiply by (t - r) and differentiate
+along the path (dx_t/dt = v, r fixed): u + (t - r) du/dt = v. That is the MeanFlow identity (Geng et al., arXiv 2505.13447),
+
+    u = v - (t - r) du/dt              du/dt = v . grad_x u + d_t u
+
+and it only holds what one point of the path can tell. du/dt is ONE forward-mode product of the student with the tangents
+(v, 0, 1) for (x, r, t). The right side, held fixed, is the target. Two things follow:
+
+- At r = t the identity says u = v: flow matching is MeanFlow with r = t, so one loss trains the teacher (on eps - x_0) and
+  the student (on the frozen teacher's velocity, in which guidance is then baked in).
+- The teacher's v is a function of (x_t, t), while eps - x_0 is a noisy sample of it: distillation has a deterministic target.
+
+What this stage leaves behind: at t = 1 the map from noise to data is steep wherever the path decides between two modes.
+A network of finite size rounds these cliffs off, and samples fall between the modes; toy2d.py measures it. Stage 2,
+dmd_refine.py, starts from there.
+
+Departures: the time sampling of the toy and p, see `draw_times` and `meanflow_loss`. The functions here are called by
+toy2d.py (run `python toy2d.py`).
+"""
+
+import math
+
+import torch
+from tqdm import tqdm
+
+from data import rng
+from models import add_noise, frozen_copy, update_ema
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_times(batch, generator, *, share_spans=0.75, share_start=0.1, logit_normal=None):
+    """Times r <= t, each (batch,), for MeanFlow: the first rows span r < t, the others have r = t.
+
+    share_spans: how many of the rows have r < t; these alone need du/dt. share_start: how many of the rows start at pure
+    noise, t = 1, half of them with r = 0: the very question that one-step sampling asks. logit_normal: None draws both
+    times uniformly, (mean, std) draws sigmoid(mean + std * normal), PRIOR: (-0.4, 1) in MeanFlow (arXiv 2505.13447).
+    """
+    if logit_normal is None:
+        # OURS: uniform, where MeanFlow has logit-normal times. A sample of one step starts at t = 1, which logit-normal
+        # times all but never reach: sliced W2 of the 2D student 0.14 against 0.40 (one seed, 3,000 steps, half spans).
+        times = torch.rand(batch, 2, generator=generator, device=generator.device)
+    else:
+        mean, std = logit_normal
+        times = torch.sigmoid(mean + std * torch.randn(batch, 2, generator=generator, device=generator.device))
+    r, t = times.sort(dim=1).values.unbind(1)
+    start = int(batch * share_start)
+    t[:start] = 1.0
+    r[: start // 2] = 0.0
+    spans = int(batch * share_spans)
+    r[spans:] = t[spans:]
+    return r, t
+
+
+def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
+    """u_target = sg[v - (t - r) du/dt], the right side of the MeanFlow identity (arXiv 2505.13447, eq. 10).
+
+    u_theta(x_t, t=t, r=r) -> (B, ...) is the student, called with y=y too if y (B,) is given. x_t and v (B, ...): a
+    point of the path and the velocity there; r and t (B,) with r <= t. Returns u_target and du/dt, both (B, ...)
+    without gradient. Rows with r = t have target v and a du/dt of zero that nobody computed.
+    Raises ValueError where r > t.
+    """
+    if (r > t).any():
+        row = int((r > t).nonzero()[0])
+        raise ValueError(f"u(x_t, r, t) needs r <= t, but row {row} has r = {r[row].item():.4g} > t = {t[row].item():.4g}")
+    du_dt = torch.zeros_like(v)
+    rows = (r < t).nonzero().squeeze(1)
+    if len(rows):
+        label = {} if y is None else {"y": y[rows]}
+        x_rows, r_rows, t_rows = x_t[rows].detach(), r[rows], t[rows]
+
+        def u_along_path(x, time):
+            return u_theta(x, t=time, r=r_rows, **label)  # r is constant along the path: its tangent is 0
+
+        with torch.no_grad():  # the target carries no gradient, so forward mode needs no graph
+            # du/dt = v . grad_x u + d_t u : the tangents are (v, 1) for (x, t)
+            tangents = (v[rows].detach(), torch.ones_like(t_rows))
+            _, du_dt[rows] = torch.func.jvp(u_along_path, (x_rows, t_rows), tangents)
+    span = (t - r).reshape(-1, *[1] * (v.ndim - 1))
+    # u_target = v - (t - r) du/dt
+    return (v - span * du_dt).detach(), du_dt
+
+
+def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2):
+    """MeanFlow's loss: the student's squared distance from u_target, adaptively weighted (arXiv 2505.13447, eq. 9, 22).
+
+    Arguments as in `meanflow_target`. Returns the scalar loss and err (B,), the raw squared error summed over all but
+    the first dimension: watch err, for at p = 1 the weighted loss is about 1 whatever the student does.
+    p, c: the weight 1/(err + c)^p, without gradient. PRIOR: p = 1, c = 1e-2 (MeanFlow). p = 1 suits a deterministic
+    target only: with noisy targets it fits the mode, not the mean, so teacher and fake branch use p = 0.
+    """
+    u_target, _ = meanflow_target(u_theta, x_t, v, r=r, t=t, y=y)
+    label = {} if y is None else {"y": y}
+    err = (u_theta(x_t, t=t, r=r, **label) - u_target).square().flatten(1).sum(dim=1)  # (B,)
+    weight = (err.detach() + c) ** -p
+    return (weight * err).mean(), err
+
+
+def flow_matching_loss(v_theta, x_t, v, *, t, y=None):
+    """Flow matching's loss: MeanFlow's with r = t and p = 0 (Lipman et al., arXiv 2210.02747, conditional flow matching).
+
+    v_theta(x_t, t=t) -> (B, ...) is a network with one time. Returns the scalar loss and err (B,).
+    """
+
+    def u_theta(x_t, *, t, r, **label):  # r = t: the average velocity over nothing is the velocity
+        return v_theta(x_t, t=t, **label)
+
+    return meanflow_loss(u_theta, x_t, v, r=t, t=t, y=y, p=0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(net, eps, y=None, steps=1):
+    """The student's samples x_0 (B, ...) from noise eps (B, ...): `steps` equal jumps, one network call each.
+
+    x_r = x_t - (t - r) u(x_t, r, t);  with steps=1 it is x_0 = eps - u(eps, 0, 1). Raises ValueError for steps < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"sampling takes at least 1 step, not {steps}")
+    label = {} if y is None else {"y": y}
+    x = eps
+    for k in range(steps):
+        t = x.new_full((len(x),), 1 - k / steps)
+        r = x.new_full((len(x),), 1 - (k + 1) / steps)
+        x = x - net(x, t=t, r=r, **label) / steps
+    return x
+
+
+@torch.no_grad()
+def sample_ode(velocity, eps, y=None, steps=100, progress=None):
+    """The teacher's samples x_0 (B, ...) from noise eps: Heun's method from t = 1 to t = 0, two calls a step.
+
+    velocity(x_t, t=t) -> (B, ...), called with y=y too if y (B,) is given. progress: a label for a tqdm bar.
+    Raises ValueError for steps < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"sampling takes at least 1 step, not {steps}")
+    label = {} if y is None else {"y": y}
+    x = eps
+    for k in tqdm(range(steps), desc=progress, disable=progress is None, leave=False):
+        t = x.new_full((len(x),), 1 - k / steps)
+        s = x.new_full((len(x),), 1 - (k + 1) / steps)
+        v_t = velocity(x, t=t, **label)
+        v_s = velocity(x - v_t / steps, t=s, **label)
+        x = x - (v_t + v_s) / (2 * steps)
+    return x
