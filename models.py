@@ -19,9 +19,12 @@ Times are tensors (B,), keyword-only. This file imports no file of ours.
 
 import copy
 import math
+from collections import OrderedDict
+from contextlib import nullcontext
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,6 +119,11 @@ class VelocityMLP(nn.Module):
         return (v, [torch.stack(tokens, dim=1)]) if taps else v
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Small tools for any network
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def count_parameters(net):
     """How many numbers the network holds, trainable or not."""
     return sum(p.numel() for p in net.parameters())
@@ -139,3 +147,498 @@ def update_ema(ema, net, step, decay=0.999):
         raise ValueError(f"the average and the network differ in {sorted(live.keys() ^ averages.keys())[:4]}")
     with torch.no_grad():
         torch._foreach_lerp_(list(averages.values()), [live[name] for name in averages], 1 - decay)
+
+
+def at_least_fp32(x):
+    """x in float32, or in float64 if it was in float64: half precision and integers go up, nothing goes down."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def autocast_off(x):
+    """A context in which autocast does not lower the precision of work on x's device (it knows no "meta" device)."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DiT, the diffusion transformer (Peebles & Xie, arXiv 2212.09748). SiT (Ma et al., arXiv 2401.08740) has its layers.
+#
+#   image (B, C, H, W) --patches, + positions--> tokens (B, N, D) --> depth x block --> final layer --> (B, C, H, W)
+#   c = embed(t) + embed(y)   (B, D)                        each block and the final layer read c
+#
+# What is special is how a block hears of the time and the class. LayerNorm has no gain and bias of its own; a linear
+# layer computes them from c, and one gate more for each branch ("adaLN"). That layer starts at zero ("-Zero"), so every
+# gate is 0 and every block starts as the identity.
+#
+# The names of the parameters are the published checkpoints', so those load key for key. That is why a lone layer
+# sometimes sits in a container of one.
+# ---------------------------------------------------------------------------------------------------------------------
+
+TIME_CHANNELS = 256  # PRIOR: DiT's sinusoidal channels of one time, half of them cosines
+
+
+def sinusoid_angles(x, n):
+    """Angles x * 10000^(-k/n), k = 0 .. n-1: times or positions x (N,) -> (N, n), in x's own precision."""
+    k = torch.arange(n, dtype=x.dtype, device=x.device)
+    return x[:, None] * torch.exp(-math.log(10000.0) * k / n)
+
+
+def grid_positions(channels, side):
+    """The fixed position vectors of a side x side grid of tokens, row by row: (1, side^2, channels).
+
+    The first half of the channels tells the column, the second half the row, each as sines, then cosines.
+    """
+    i = torch.arange(side * side, dtype=torch.float64)  # float64: a table computed once can be exact
+    angles = [sinusoid_angles(axis, channels // 4) for axis in (i % side, i // side)]  # column, row
+    return torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1)[None].float()
+
+
+class TimeEmbedder(nn.Module):
+    """Times t (B,), fractional and negative ones too -> (B, hidden_size): 128 cosines, 128 sines, two linear layers.
+
+    Computed outside autocast, because bf16 moves in steps of 0.004 just below 1, and a small t - r is lost in them.
+    DIFFERS: the official code makes the sinusoids in float32 always; here float64 stays float64, so that a test can
+    compare derivatives with finite differences.
+    """
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t):
+        angles = sinusoid_angles(at_least_fp32(t), TIME_CHANNELS // 2)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, 256)
+        with autocast_off(t):
+            return self.mlp(waves.to(self.mlp[0].weight.dtype))  # (B, D)
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v, for q, k, v (B, heads, N, d) -> (B, heads, N, d).
+
+    Fused, unless q carries a tangent: the fused kernels have no forward-mode derivative (NotImplementedError, on CPU
+    too), so then softmax is written out. It holds an N x N matrix per head, hence only where it must. unpack_dual sees
+    the tangents of torch.autograd.forward_ad and of torch.func.jvp alike. It does not see one that hides below another
+    functional transform, as in jvp(grad(...)); there the fused kernel raises its error, nothing goes wrong silently.
+    """
+    if forward_ad.unpack_dual(q).tangent is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of tokens, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, hidden_size, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+def modulate(x, shift, scale):
+    """x (1 + scale) + shift, for tokens x (B, N, D), shift and scale (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class DiTBlock(nn.Module):
+    """Attention, then an MLP, each shifted, scaled and gated by the condition c (B, D). Tokens (B, N, D) both ways."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio):
+        super().__init__()
+        width = int(hidden_size * mlp_ratio)
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(hidden_size, width), act=nn.GELU(approximate="tanh"), fc2=nn.Linear(width, hidden_size)))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x, c):
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, N, D) and condition c (B, D) -> the numbers of each patch, (B, N, patch_numbers)."""
+
+    def __init__(self, hidden_size, patch_numbers):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_numbers)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """The diffusion transformer, with one time (a teacher, a fake branch) or with two (a student).
+
+    input_size, in_channels: side and channels of the square input (32 and 4 for SD-VAE latents of 256 px images).
+    patch_size: divides input_size. hidden_size D: a multiple of 4 and of num_heads. ValueError if not.
+    num_classes: labels are 0 .. num_classes - 1; row num_classes of the table is the null class of guidance.
+    learn_sigma: the output has 2 * in_channels channels. The first half is the prediction; the second is DiT's learned
+        variance, and SiT's published nets carry it too and never use it. Whoever calls takes the half that it wants.
+    two_times: adds an embedder of the time span t - r, and r must then be given.
+
+    XL/2, the published size: DiT(32, 2, 4, 1152, 28, 16, learn_sigma=True), 292 keys, 675,129,632 numbers.
+
+    OURS: the student's second time enters as t - r, like MeanFlow's (arXiv 2505.13447), and the LAST layer of its
+    embedder starts at zero. A student that takes all other weights from its teacher therefore starts as its teacher,
+    whatever r is:      student.load_state_dict({**student.state_dict(), **teacher.state_dict()})
+
+    DIFFERS: the official code drops labels inside the network in training mode; here the training loop passes
+    y = num_classes, where everyone can see it. pos_embed is a Parameter there, a buffer here: the state dict is the
+    same, and requires_grad_(True) on a copy of a frozen teacher does not set the fixed table free.
+    """
+
+    def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio=4.0,
+                 num_classes=1000, learn_sigma=False, two_times=False):
+        super().__init__()
+        if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"patch_size {patch_size} must divide input_size {input_size}; "
+                             f"num_heads {num_heads} and 4 must divide hidden_size {hidden_size}")
+        self.patch_size, self.num_classes, self.two_times = patch_size, num_classes, two_times
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        side = input_size // patch_size
+        self.register_buffer("pos_embed", grid_positions(hidden_size, side))  # (1, N, D)
+        self.x_embedder = nn.Sequential(OrderedDict(proj=nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)))
+        self.t_embedder = TimeEmbedder(hidden_size)
+        if two_times:
+            self.span_embedder = TimeEmbedder(hidden_size)
+        self.y_embedder = nn.Sequential(OrderedDict(embedding_table=nn.Embedding(num_classes + 1, hidden_size)))
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * self.out_channels)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """PRIOR: DiT's. Xavier for linear layers, normal(0, 0.02) for embedders, zero for adaLN and the last layer."""
+        for layer in self.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):  # the patch layer is a linear layer on flattened patches
+                nn.init.xavier_uniform_(layer.weight.view(len(layer.weight), -1))
+                nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for embedder in [self.t_embedder, self.span_embedder] if self.two_times else [self.t_embedder]:
+            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
+            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
+        for layer in [*self.blocks, self.final_layer]:
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        if self.two_times:
+            nn.init.zeros_(self.span_embedder.mlp[2].weight)  # biases are zero already
+
+    def forward(self, x_t, *, t, y, r=None, taps=()):
+        """The network's answer at x_t (B, C, H, W), time t (B,), labels y (B,) int64: (B, out_channels, H, W).
+
+        t, and r (B,) where there are two times, go to the embedders as they are: 0 .. 999 for a published DiT, [0, 1]
+        for SiT and for nets trained here. What the answer means is for the caller to know: see the teachers below.
+        taps: indices of blocks, from 0. If any, returns (answer, [tokens (B, N, D) after each of these blocks]).
+        Raises ValueError if r is missing with two_times, given without, or a tap is no block's index.
+        """
+        if self.two_times != (r is not None):
+            raise ValueError("a net with two_times=True needs r" if self.two_times else "r needs two_times=True")
+        if not set(taps) <= set(range(len(self.blocks))):
+            raise ValueError(f"taps {tuple(taps)} must be indices of the {len(self.blocks)} blocks")
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        if self.two_times:
+            c = c + self.span_embedder(at_least_fp32(t) - at_least_fp32(r))
+        x = self.x_embedder(x_t).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, D)
+        tokens = {}
+        for i, block in enumerate(self.blocks):
+            x = block(x, c)
+            if i in taps:
+                tokens[i] = x
+        out = self.unpatchify(self.final_layer(x, c))
+        return (out, [tokens[i] for i in taps]) if taps else out
+
+    def unpatchify(self, x):
+        """Tokens (B, N, p*p*C) back to images (B, C, H, W); the channel varies fastest within a token."""
+        side, p = math.isqrt(x.shape[1]), self.patch_size
+        x = x.unflatten(2, (p, p, self.out_channels)).unflatten(1, (side, side))  # (B, rows, columns, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, rows * p, columns * p)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Teachers: a DiT of any origin, made to answer in our convention. Foreign clocks and parameterizations end here.
+#
+# Nothing is frozen by the wrapper, because DMD's fake branch is a teacher too, and trains. Freeze a teacher with
+# teacher.requires_grad_(False). No torch.no_grad() inside: the adversarial loss reaches x_gen through the features.
+# ---------------------------------------------------------------------------------------------------------------------
+
+DIT_STEPS = 1000  # the published DiT's diffusion has k = 0 .. 999
+DIT_BETAS = 1e-4, 2e-2  # its first and last beta, linear in between (Ho et al., arXiv 2006.11239)
+
+
+class Teacher(nn.Module):
+    """Velocity, with guidance, of a DiT that was trained in our convention. The two published ones are below.
+
+    net: a DiT with one time. If it has 2C channels (learn_sigma), the first C are the prediction.
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def raw(self, x, t, y, taps):
+        """The net's own answer (B, C, H, W), in at least float32, without a learned variance, and the tapped tokens."""
+        out = self.net(x, t=t, y=y, taps=taps)
+        out, tokens = out if taps else (out, [])
+        return at_least_fp32(out[:, :x.shape[1]]), tokens
+
+    def unguided(self, x_t, t, y, taps):
+        """v at x_t for the labels y as they are, and the tapped tokens. What a subclass converts."""
+        return self.raw(x_t, t, y, taps)
+
+    def velocity(self, x_t, *, t, y, w=1.0, cfg_channels=3, taps=()):
+        """Guided velocity v_w = v_null + w (v_cond - v_null): x_t (B, C, H, W), t (B,) in [0, 1], y (B,) -> like x_t.
+
+        w: guidance scale >= 0; 1 is none, and then the null class costs nothing (Ho & Salimans, arXiv 2207.12598).
+        cfg_channels: only the first so many channels are guided, the others are the conditional velocity. PRIOR: 3 of 4
+            latent channels in the official code of DiT and SiT, and so in their FIDs; w = 1.5 on 3 is about 1.375 on 4.
+        taps: indices of blocks. If any, returns (v, [their tokens (B, N, D)]), those of the conditional rows.
+        """
+        if w == 1:
+            v, tokens = self.unguided(x_t, t, y, taps)
+        else:  # conditional and null rows in one batch
+            y_null = torch.full_like(y, self.net.num_classes)
+            v, tokens = self.unguided(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, y_null]), taps)
+            v_cond, v_null = v.chunk(2)
+            v_w = v_null + w * (v_cond - v_null)
+            v = torch.cat([v_w[:, :cfg_channels], v_cond[:, cfg_channels:]], dim=1)
+            tokens = [f.chunk(2)[0] for f in tokens]
+        return (v, tokens) if taps else v
+
+
+class SiTTeacher(Teacher):
+    """A SiT (arXiv 2401.08740) in our convention. Its clock runs the other way:
+
+        SiT    x = t x_0 + (1 - t) eps      v_SiT = x_0 - eps      t = 0 noise, t = 1 data
+        here   x = (1 - t) x_0 + t eps      v     = eps - x_0      t = 0 data,  t = 1 noise
+
+    Exchanging t and 1 - t makes the paths equal; the velocity, a derivative by t, changes its sign:
+        v(x_t, t) = -v_SiT(x_t, 1 - t)
+    """
+
+    def unguided(self, x_t, t, y, taps):
+        v_sit, tokens = self.raw(x_t, 1 - t, y, taps)
+        return -v_sit, tokens
+
+
+class DiTTeacher(Teacher):
+    """A DiT that predicts eps on the DDPM path (arXiv 2212.09748) in our convention.
+
+        DiT    x_vp = alpha_k x_0 + sigma_k eps, alpha_k^2 + sigma_k^2 = 1, k = 0 .. 999      answers eps_hat(x_vp, k)
+        here   x_t  = (1 - t) x_0 + t eps,       t in [0, 1]                                 answers v = eps - x_0
+
+    Dividing the first by alpha_k + sigma_k gives the second:
+        t = sigma_k / (alpha_k + sigma_k)        x_vp = x_t (alpha_k + sigma_k) = x_t / sqrt((1 - t)^2 + t^2)
+        x0_hat = (x_t - t eps_hat) / (1 - t), so v = eps_hat - x0_hat = (eps_hat - x_t) / (1 - t)
+
+    Between two steps, k is linear in the log-SNR, log(alpha^2 / sigma^2) = 2 log((1 - t) / t). The steps cover
+    t in [t_0, t_999] = [0.0099, 0.9937]. Outside, the velocity is that at the nearest end: t is clamped in all of
+    the above. For unit Gaussian data this is wrong by 2.0e-4 |x| at t = 0 and by 8e-5 |x| at t = 1.
+    OURS: the clamp and the interpolation; the published sampler uses whole k only.
+
+    At t_999 an error of eps_hat grows 158 times. So the net runs outside autocast, and the rest is done in float32 at
+    least. A net of bf16 weights raises an error of types here.
+    """
+
+    def __init__(self, net):
+        super().__init__(net)
+        betas = torch.linspace(*DIT_BETAS, DIT_STEPS, dtype=torch.float64)
+        alpha_bar = (1 - betas).cumprod(0)  # alpha_k^2
+        # No buffer: .to(torch.bfloat16) on the module must not round it. Minus the log-SNR, which rises with k.
+        self.noise_to_signal = torch.log((1 - alpha_bar) / alpha_bar)  # (1000,)
+
+    def step_of(self, t):
+        """Clamp t (B,) to [t_0, t_999]; return it and the fractional step k (B,) in [0, 999] that belongs to it."""
+        table = self.noise_to_signal.to(t)
+        # log(sigma^2 / alpha^2) = 2 log(t / (1 - t))   <=>   t = sigmoid(log(sigma^2 / alpha^2) / 2)
+        t = t.clamp(*(table[[0, -1]] / 2).sigmoid())
+        level = 2 * torch.logit(t)
+        above = torch.searchsorted(table, level).clamp(1, DIT_STEPS - 1)
+        k = above - 1 + (level - table[above - 1]) / (table[above] - table[above - 1])
+        return t, k.clamp(0, DIT_STEPS - 1)  # rounding in float32 alone could give 999.001
+
+    def unguided(self, x_t, t, y, taps):
+        x_t, (t, k) = at_least_fp32(x_t), self.step_of(at_least_fp32(t))
+        t = expand_times(t, x_t)
+        with autocast_off(x_t):
+            eps_hat, tokens = self.raw(x_t / torch.sqrt((1 - t) ** 2 + t ** 2), k, y, taps)
+        return (eps_hat - x_t) / (1 - t), tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The autoencoder of Stable Diffusion (Rombach et al., arXiv 2112.10752): images of 3 channels to latents of 4, 8 times
+# smaller. The teachers for ImageNet live in these latents. Frozen; we only need it to answer what diffusers' answers.
+#
+#   encode   3 --conv--> stage --halve--> stage --halve--> stage --halve--> stage --> middle --conv--> mean, logvar
+#   decode   z --conv--> middle --> stage --double--> stage --double--> stage --double--> stage --conv--> 3
+#   stage    2 residual blocks (decoder: 3)          middle   residual block, attention over all pixels, residual block
+# ---------------------------------------------------------------------------------------------------------------------
+
+SD_VAE_SCALE = 0.18215  # PRIOR: latent diffusion's. A diffusion model sees SD_VAE_SCALE * z, of about unit variance.
+
+
+def group_norm(channels):
+    """The autoencoder's normalisation: 32 groups."""
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(conv(x)), (B, in, H, W) -> (B, out, H, W); x goes through a 1x1 convolution where in and out differ."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)  # Identity adds no key
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + self.conv_shortcut(x)
+
+
+class PixelAttention(nn.Module):
+    """x + self-attention over the pixels of x, one head. (B, C, H, W) both ways."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.group_norm = group_norm(channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x):
+        pixels = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1 head, H*W, C)
+        h = self.to_out[0](attention(self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)))
+        return x + h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block. (B, C, H, W) both ways."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels), ResnetBlock(channels, channels)])
+        self.attentions = nn.ModuleList([PixelAttention(channels)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Halve(nn.Module):
+    """Half the side: (B, C, H, W) -> (B, C, H/2, W/2). PRIOR: zeros are added below and to the right only."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Double(nn.Module):
+    """Double the side by repeating pixels, then smooth: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """`layers` residual blocks at one resolution, then, if asked, half or double the side."""
+
+    def __init__(self, in_channels, out_channels, layers, halve=False, double=False):
+        super().__init__()
+        inputs = [in_channels] + [out_channels] * (layers - 1)
+        self.resnets = nn.ModuleList(ResnetBlock(c_in, out_channels) for c_in in inputs)
+        self.downsamplers = nn.ModuleList([Halve(out_channels)] if halve else [])  # an empty list adds no key
+        self.upsamplers = nn.ModuleList([Double(out_channels)] if double else [])
+
+    def forward(self, x):
+        for layer in [*self.resnets, *self.downsamplers, *self.upsamplers]:
+            x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> (B, 2 * latent_channels, H/8, W/8) for four stages; all but the last halve the side."""
+
+    def __init__(self, channels, layers, latent_channels):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        inputs, last = [channels[0], *channels[:-1]], len(channels) - 1
+        self.down_blocks = nn.ModuleList(
+            Stage(c_in, c_out, layers, halve=i < last) for i, (c_in, c_out) in enumerate(zip(inputs, channels)))
+        self.mid_block = MidBlock(channels[-1])
+        self.conv_norm_out = group_norm(channels[-1])
+        self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for stage in self.down_blocks:
+            x = stage(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (B, latent_channels, h, w) -> images (B, 3, 8h, 8w) for four stages; all but the last double the side."""
+
+    def __init__(self, channels, layers, latent_channels):
+        super().__init__()
+        channels = channels[::-1]
+        self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
+        self.mid_block = MidBlock(channels[0])
+        inputs, last = [channels[0], *channels[:-1]], len(channels) - 1
+        self.up_blocks = nn.ModuleList(
+            Stage(c_in, c_out, layers + 1, double=i < last) for i, (c_in, c_out) in enumerate(zip(inputs, channels)))
+        self.conv_norm_out = group_norm(channels[-1])
+        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for stage in self.up_blocks:
+            x = stage(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """Stable Diffusion's autoencoder, key for key that of diffusers: 248 keys, 83,653,863 numbers at the default sizes.
+
+    Images are in [-1, 1]; 2^(stages - 1), so 8 at the default, divides their side. Channels are multiples of 32.
+    No scale is applied here: multiply by SD_VAE_SCALE after encoding, divide by it before decoding.
+    """
+
+    def __init__(self, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4):
+        super().__init__()
+        self.encoder = Encoder(list(block_out_channels), layers_per_block, latent_channels)
+        self.decoder = Decoder(list(block_out_channels), layers_per_block, latent_channels)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+
+    def encode(self, x):
+        """Images x (B, 3, H, W) in [-1, 1] -> mean and logvar of the latents, (B, latent_channels, H/8, W/8) each.
+
+        A latent is mean + exp(logvar / 2) * noise. PRIOR: logvar is clamped to [-30, 20], as latent diffusion does.
+        """
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def decode(self, z):
+        """Unscaled latents z (B, latent_channels, h, w) -> images (B, 3, 8h, 8w), about [-1, 1] and not clamped."""
+        return self.decoder(self.post_quant_conv(z))
