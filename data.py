@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -163,4 +164,90 @@ def _mixture():
     return Density(mixture.draw, mixture.part, 8)
 
 
-DENSITIES = {"checkerboard": _checkerboard(), "spirals": _spirals(), "rings": _rings(), "mixture": _mixture()}
+DENSITIES = {"checkerboard": _checkerboard, "spirals": _spirals, "rings": _rings, "mixture": _mixture}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """A mistake that its reader can mend: one sentence with the value and the remedy. Scripts print it and exit with 2."""
+
+
+def write_whole(path, write):
+    """Call write(file) on a file beside `path`, flush it to the disk, then rename: `path` is old or new, never half."""
+    beside = path.with_name(path.name + ".partial")
+    with open(beside, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+class RunFolder:
+    """runs/<name>/: config.json, metrics.csv, results.json, pictures, and one checkpoint for each finished stage.
+
+    Made, with its parents, if it is not there. Raises UserError if the path is a file or can't be written, if the folder
+    holds something that is no run, or a run of another configuration: nothing is overwritten.
+    """
+
+    def __init__(self, path, config):
+        self.path = Path(path)
+        config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"can't make the run folder {self.path} ({error.strerror}): name another with --out") from None
+        there = self.path / "config.json"
+        if there.exists():
+            try:
+                old = json.loads(there.read_text())
+            except (OSError, ValueError):
+                raise UserError(f"{there} can't be read: name another folder with --out, or remove this one") from None
+            changed = [key for key in sorted(old.keys() | config.keys()) if old.get(key) != config.get(key)]
+            if changed:
+                was = ", ".join(f"{key} = {old.get(key)!r} there and {config.get(key)!r} now" for key in changed)
+                raise UserError(f"{self.path} holds a run of another configuration ({was}): name another folder with --out")
+        elif any(self.path.iterdir()):
+            raise UserError(f"{self.path} is no run folder, but it is not empty: name another folder with --out")
+        try:
+            write_whole(there, lambda file: file.write(json.dumps(config, indent=1).encode()))
+        except OSError as error:
+            raise UserError(f"can't write to the run folder {self.path} ({error.strerror}): name another with --out") from None
+
+    def read(self, path):
+        """A stage's dict, or None with a warning where the file is damaged."""
+        try:
+            return torch.load(path, weights_only=True)
+        except Exception as error:  # torch has no one type for "this file is damaged"
+            print(f"warning: {path} can't be read ({type(error).__name__}): its stage will be computed again")
+
+    def stage(self, name, compute):
+        """The dict that compute() returns, from <name>.pt if an earlier run finished this stage, else computed and saved.
+
+        The dict holds tensors, numbers, strings and containers of them: it is read back with weights_only=True.
+        """
+        path = self.path / f"{name}.pt"
+        state = self.read(path) if path.exists() else None
+        if state is None:
+            state = {**compute(), "finished": time.time()}
+            write_whole(path, lambda file: torch.save(state, file))
+        return state
+
+    def stages(self):
+        """{name: dict} of all finished stages, in the order in which they were finished."""
+        states = {path.stem: self.read(path) for path in self.path.glob("*.pt")}
+        whole = {name: state for name, state in states.items() if state is not None}
+        return dict(sorted(whole.items(), key=lambda item: item[1]["finished"]))
+
+    def write_metrics(self, rows):
+        """All rows (dicts) to metrics.csv; a column for every key, empty where a row does not have it."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        lines = [",".join(columns)] + [",".join(str(row.get(key, "")) for key in columns) for row in rows]
+        write_whole(self.path / "metrics.csv", lambda file: file.write("\n".join(lines).encode() + b"\n"))
+
+    def write_results(self, rows):
+        """All rows (dicts) to results.json."""
+        write_whole(self.path / "results.json", lambda file: file.write(json.dumps(rows, indent=1).encode() + b"\n"))

@@ -38,27 +38,17 @@ from models import add_noise, frozen_copy, update_ema
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_times(batch, generator, *, share_spans=0.75, share_start=0.1, logit_normal=None):
-    """Times r <= t, each (batch,), for MeanFlow: the first rows span r < t, the others have r = t.
+def draw_times(batch, generator, *, share_spans=0.75):
+    """Times r <= t, each (batch,): the first share_spans of the rows span r < t, the others have r = t.
 
-    share_spans: how many of the rows have r < t; these alone need du/dt. share_start: how many of the rows start at pure
-    noise, t = 1, half of them with r = 0: the very question that one-step sampling asks. logit_normal: None draws both
-    times uniformly, (mean, std) draws sigmoid(mean + std * normal), PRIOR: (-0.4, 1) in MeanFlow (arXiv 2505.13447).
+    The spans alone need du/dt; the others tie u to the teacher's velocity, which the identity starts from.
     """
-    if logit_normal is None:
-        # OURS: uniform, where MeanFlow has logit-normal times. A sample of one step starts at t = 1, which logit-normal
-        # times all but never reach: sliced W2 of the 2D student 0.14 against 0.40 (one seed, 3,000 steps, half spans).
-        times = torch.rand(batch, 2, generator=generator, device=generator.device)
-    else:
-        mean, std = logit_normal
-        times = torch.sigmoid(mean + std * torch.randn(batch, 2, generator=generator, device=generator.device))
-    r, t = times.sort(dim=1).values.unbind(1)
-    start = int(batch * share_start)
-    t[:start] = 1.0
-    r[: start // 2] = 0.0
-    spans = int(batch * share_spans)
-    r[spans:] = t[spans:]
-    return r, t
+    # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447), we draw uniformly, because one-step
+    # sampling starts at t = 1, which logit-normal times all but never reach: sliced W2 to the data 0.14 instead of 0.40
+    # (2D checkerboard, one seed, 3,000 steps, in a prototype of this file).
+    r, t = torch.rand(batch, 2, generator=generator, device=generator.device).sort(dim=1).values.unbind(1)
+    spans = torch.arange(batch, device=generator.device) < int(batch * share_spans)
+    return torch.where(spans, r, t), t
 
 
 def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
@@ -90,19 +80,26 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
     return (v - span * du_dt).detach(), du_dt
 
 
-def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2):
-    """MeanFlow's loss: the student's squared distance from u_target, adaptively weighted (arXiv 2505.13447, eq. 9, 22).
+def adaptive_mean(err, p, c):
+    """The mean of err / sg[(err + c)^p] over a batch of squared errors err (B,): MeanFlow's adaptive weight."""
+    return (err * (err.detach() + c) ** -p).mean()
+
+
+def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2, watch=None):
+    """MeanFlow's loss: the student's squared distance from u_target, adaptively weighted (arXiv 2505.13447, Sec. 4.1, 4.3).
 
     Arguments as in `meanflow_target`. Returns the scalar loss and err (B,), the raw squared error summed over all but
     the first dimension: watch err, for at p = 1 the weighted loss is about 1 whatever the student does.
     p, c: the weight 1/(err + c)^p, without gradient. PRIOR: p = 1, c = 1e-2 (MeanFlow). p = 1 suits a deterministic
     target only: with noisy targets it fits the mode, not the mean, so teacher and fake branch use p = 0.
+    watch: a dict that receives du_dt, its mean norm over the rows with r < t. It decides whether training is stable.
     """
-    u_target, _ = meanflow_target(u_theta, x_t, v, r=r, t=t, y=y)
+    u_target, du_dt = meanflow_target(u_theta, x_t, v, r=r, t=t, y=y)
     label = {} if y is None else {"y": y}
     err = (u_theta(x_t, t=t, r=r, **label) - u_target).square().flatten(1).sum(dim=1)  # (B,)
-    weight = (err.detach() + c) ** -p
-    return (weight * err).mean(), err
+    if watch is not None:
+        watch["du_dt"] = du_dt[r < t].flatten(1).norm(dim=1).mean()
+    return adaptive_mean(err, p, c), err
 
 
 def flow_matching_loss(v_theta, x_t, v, *, t, y=None):
@@ -157,3 +154,74 @@ def sample_ode(velocity, eps, y=None, steps=100, progress=None):
         v_s = velocity(x - v_t / steps, t=s, **label)
         x = x - (v_t + v_s) / (2 * steps)
     return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step, steps, peak, warmup=100):
+    """A linear rise over the first `warmup` steps, then half a cosine from `peak` to 0 at the last of `steps` steps."""
+    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def check_finite(step, **terms):
+    """Raise FloatingPointError, naming the step and the term, if one of these scalar tensors is not a finite number."""
+    for name, value in terms.items():
+        if not torch.isfinite(value):
+            raise FloatingPointError(
+                f"{name} is {value.item()} at step {step}: lower the learning rate, or look at du_dt and grad_dmd in metrics.csv"
+            )
+
+
+def teacher_objective(net, x_0, eps, generator):
+    """Stage 0 for a batch of data and noise (B, ...): flow matching on eps - x_0. Returns the loss and terms to log."""
+    # OURS: uniform times. The edges of a density are drawn at small t, which logit-normal times seldom see.
+    t = torch.rand(len(x_0), generator=generator, device=x_0.device)
+    v = eps - x_0  # noisy: its mean given x_t is the velocity field, and so p = 0
+    loss, err = flow_matching_loss(net, add_noise(x_0, eps, t), v, t=t)
+    return loss, {"raw_error": err.mean()}
+
+
+def student_objective(net, x_0, eps, generator, *, teacher):
+    """Stage 1 for a batch of data and noise (B, ...): MeanFlow on the frozen teacher(x_t, t=t) -> v (B, ...)."""
+    terms = {}
+    r, t = draw_times(len(x_0), generator)
+    x_t = add_noise(x_0, eps, t)
+    with torch.no_grad():
+        v = teacher(x_t, t=t)  # deterministic
+    loss, err = meanflow_loss(net, x_t, v, r=r, t=t, watch=terms)
+    return loss, {**terms, "raw_error": err.mean()}
+
+
+def train(net, draw, objective, *, steps, batch, lr, seed, stream, log_every=100):
+    """Train `net` in place and return its average network (EMA) and a list of rows for metrics.csv.
+
+    draw(batch, generator) -> x_0 (batch, ...). objective(net, x_0, eps, generator) -> loss, terms: one of the two above.
+    steps, batch: integers >= 1; lr: the peak of Adam's learning rate. seed, stream: what the randomness of each step is
+    made from. A row every `log_every` steps. Raises FloatingPointError when the loss is not finite.
+    """
+    device = next(net.parameters()).device
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
+    ema, rows = frozen_copy(net), []
+    progress = tqdm(range(steps), desc=stream, leave=False)
+    for step in progress:
+        # --- training step ---
+        generator = rng(seed, stream, step, device)
+        x_0 = draw(batch, generator)  # (B, ...)
+        eps = torch.randn(x_0.shape, generator=generator, device=device)
+        loss, terms = objective(net, x_0, eps, generator)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        update_ema(ema, net, step)
+        # --- bookkeeping ---
+        check_finite(step, loss=loss)
+        if step % log_every == 0 or step == steps - 1:
+            values = {name: value.item() for name, value in {"loss": loss, **terms}.items()}
+            rows.append({"stream": stream, "seed": seed, "step": step, **values})
+            progress.set_postfix(raw_error=f"{values['raw_error']:.3g}")
+    return ema, rows

@@ -90,7 +90,7 @@ class VelocityMLP(nn.Module):
         # 2^5 pi/2 = 50 rad per unit of t is fast enough for the sharp end of the path, at t near 0, and slow enough
         # for the tangent. The points get features too: a plain MLP blurs the edges of the board.
         self.register_buffer("time_frequencies", math.pi / 2 * 2.0 ** torch.arange(6), persistent=False)
-        self.register_buffer("space_frequencies", math.pi / 2 * 2.0 ** torch.arange(2), persistent=False)
+        self.register_buffer("space_frequencies", 2.0 ** torch.arange(3), persistent=False)
         time_features = 1 + 2 * len(self.time_frequencies)
         self.embed_x = nn.Linear(dim * (1 + 2 * len(self.space_frequencies)), width)
         self.embed_t = nn.Linear(time_features, width)

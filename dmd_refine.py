@@ -1,0 +1,200 @@
+"""Stage 2: refine the one-step student by distribution matching (DMD) and an adversarial loss (AWD).
+
+Stage 1 asked of every noise point the answer that the teacher's path gives it, and a finite student cannot keep so many
+promises. This stage drops them: it no longer matters WHICH sample a noise point becomes, only that all samples together
+have the teacher's distribution. For that, minimise KL(student || teacher) on noised samples, whose gradient is a
+difference of two scores (Yin et al., arXiv 2311.18828):
+
+    x_gen = eps - u(eps, 0, 1)                        the student's sample, one call
+    x_t   = (1 - t) x_gen + t noise                   t in [0.02, 0.98]
+    x0_real = x_t - t v_real(x_t, t)                  the frozen teacher's guess of the clean sample
+    x0_fake = x_t - t v_fake(x_t, t)                  that of the fake branch, which knows the STUDENT's distribution
+    grad  = (x0_fake - x0_real) / mean|x_gen - x0_real|            s_real - s_fake = (1 - t)/t^2 (x0_real - x0_fake)
+
+The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen, several updates for each
+of the student's. It is always a little late; a student that starts far from the teacher outruns it, which is why stage 1
+comes first. The adversarial term adds what neither score knows: real data (see awd.py). One forward pass of the frozen
+teacher at the noised x_gen serves both terms, x0_real and the features.
+
+    L_G = L_DMD + lambda_adv L_adv                    three players, each update moves one of them:
+    student <- L_G      fake branch <- flow matching on x_gen      discriminator <- hinge on noised x_data and x_gen
+
+What the paper does not tell: learning rates, update ratio, lambda_adv, times of the adversarial term. Ours are the
+defaults of `refine`. The functions here are called by toy2d.py (run `python toy2d.py`).
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from awd import discriminator_hinge, generator_hinge
+from data import rng
+from meanflow_td import check_finite, flow_matching_loss, learning_rate
+from models import add_noise, frozen_copy, update_ema, x0_from_velocity
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+T_MIN, T_MAX = 0.02, 0.98  # PRIOR: DMD2 (arXiv 2405.14867). At the ends one of the two guesses carries no information.
+
+
+def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake, normalize=True):
+    """The direction in which x_gen should NOT go: (x0_fake - x0_real) / mean|x_gen - x0_real|, for each sample.
+
+    x_gen, its noised x_t, and both velocities at (x_t, t): (B, ...); t (B,). Returns (B, ...).
+    Times (1 - t)^2/t^2 and without the normaliser this is the exact gradient of KL(p_gen,t || p_real,t) with respect to
+    x_gen; the normaliser (PRIOR: DMD, arXiv 2311.18828, eq. 8; DMD2's code) makes all t count alike instead.
+    """
+    x0_real = x0_from_velocity(x_t, t, v_real)
+    x0_fake = x0_from_velocity(x_t, t, v_fake)
+    grad = x0_fake - x0_real
+    if normalize:
+        scale = (x_gen - x0_real).abs().flatten(1).mean(dim=1)  # (B,)
+        grad = grad / scale.clamp_min(1e-6).reshape(-1, *[1] * (grad.ndim - 1))
+    return grad
+
+
+def dmd_loss(x_gen, grad):
+    """1/2 mean (x_gen - sg[x_gen - grad])^2 over all elements: a loss whose gradient by x_gen is grad / x_gen.numel()."""
+    return 0.5 * F.mse_loss(x_gen, (x_gen - grad).detach())
+
+
+@contextmanager
+def fixed(net):
+    """Inside, the network's parameters take no gradient, while gradients still flow THROUGH it to its input."""
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+def one_step(student, eps):
+    """x_gen = eps - u(eps, 0, 1), with its graph: what the student makes of noise eps (B, ...) in one call."""
+    one, zero = eps.new_ones(len(eps)), eps.new_zeros(len(eps))
+    return eps - student(eps, t=one, r=zero)
+
+
+def generator_loss(student, teacher, fake, discriminator, eps, noise, t, *, lambda_adv, taps):
+    """L_G = L_DMD + lambda_adv L_adv, for the student alone: no other network gets a gradient.
+
+    eps, noise (B, ...): what the student starts from, and what its sample is noised with, to the times t (B,).
+    teacher(x_t, t=t, taps=taps) -> v or (v, features), frozen. discriminator: None leaves the adversarial term out.
+    Returns the loss, x_gen and a dict of scalars to log.
+    """
+    x_gen = one_step(student, eps)
+    x_t = add_noise(x_gen, noise, t)
+    if discriminator is None:
+        with torch.no_grad():
+            v_real = teacher(x_t, t=t)
+    else:
+        v_real, features = teacher(x_t, t=t, taps=taps)  # one pass: x0_real for DMD, features for the discriminator
+    with torch.no_grad():
+        v_fake = fake(x_t, t=t)
+        grad = dmd_gradient(x_gen, x_t, t=t, v_real=v_real, v_fake=v_fake)
+    loss = dmd_loss(x_gen, grad)
+    terms = {"grad_dmd": grad.flatten(1).norm(dim=1).mean()}
+    if discriminator is not None:
+        with fixed(discriminator):
+            loss = loss + lambda_adv * generator_hinge(discriminator(features))
+    return loss, x_gen, terms
+
+
+def fake_branch_loss(fake, x_gen, noise, t):
+    """Flow matching on the student's samples x_gen (B, ...), so that the fake branch knows their distribution."""
+    x_gen = x_gen.detach()
+    loss, _ = flow_matching_loss(fake, add_noise(x_gen, noise, t), noise - x_gen, t=t)
+    return loss
+
+
+def discriminator_loss(discriminator, teacher, x_data, x_gen, noise, t, *, taps):
+    """The hinge loss on the frozen teacher's features of noised data and noised samples.
+
+    x_data, x_gen (B, ...); noise (2B, ...) and t (2B,) for the two in this order.
+    Returns the loss and a dict of scalars to log.
+    """
+    x_t = add_noise(torch.cat([x_data, x_gen.detach()]), noise, t)
+    with torch.no_grad():
+        _, features = teacher(x_t, t=t, taps=taps)
+    logit_data, logit_gen = discriminator(features).chunk(2)
+    loss = discriminator_hinge(logit_data, logit_gen)
+    accuracy = 0.5 * ((logit_data > 0).float().mean() + (logit_gen < 0).float().mean())
+    terms = {"logit_data": logit_data.mean(), "logit_gen": logit_gen.mean(), "accuracy": accuracy}
+    return loss, terms
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def uniform(low, high, n, generator):
+    """n times (n,), uniform in [low, high]."""
+    return low + (high - low) * torch.rand(n, generator=generator, device=generator.device)
+
+
+def refine(student, teacher, draw, *, discriminator=None, steps, batch, seed, stream, taps=(), lambda_adv=0.1,
+           lr=1e-3, lr_fake=1e-3, lr_discriminator=1e-3, fake_updates=2, log_every=100):  # fmt: skip
+    """Train the student in place by L_G, with its two helpers; return its average network (EMA) and rows for metrics.csv.
+
+    student: two times, from stage 1 (or from random weights, for the control). teacher: frozen, see `generator_loss`.
+    draw(batch, generator) -> x_data (batch, ...). discriminator: an awd.AdaptiveWeightedDiscriminator for the layers
+    `taps` of the teacher, or None. fake_updates: of the fake branch for each of the student's (PRIOR: DMD2's two-time-
+    scale rule, there 5; OURS: 2, since the toy's networks learn fast). Learning rates are peaks of Adam's.
+    Raises FloatingPointError when a loss is not finite.
+    """
+    device = next(student.parameters()).device
+    fake = frozen_copy(teacher).requires_grad_(True)  # PAPER: the fake branch starts as the teacher
+    betas = (0.0, 0.99)  # PRIOR: no momentum between players that chase each other (Brock et al., arXiv 1809.11096)
+    players = [(student, lr), (fake, lr_fake)] + ([] if discriminator is None else [(discriminator, lr_discriminator)])
+    optimizers = [torch.optim.Adam(net.parameters(), lr=peak, betas=betas, fused=True) for net, peak in players]
+    ema, rows = frozen_copy(student), []
+
+    def update(player, loss):
+        optimizers[player].zero_grad()
+        loss.backward()
+        optimizers[player].step()
+
+    progress = tqdm(range(steps), desc=stream, leave=False)
+    for step in progress:
+        # --- training step ---
+        generator = rng(seed, stream, step, device)
+
+        def normal_like(x):
+            return torch.randn(x.shape, generator=generator, device=device)
+
+        for optimizer, (_, peak) in zip(optimizers, players):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, peak)
+        x_data = draw(batch, generator)  # (B, ...)
+        terms = {}
+        for _ in range(fake_updates):
+            with torch.no_grad():
+                x_gen = one_step(student, normal_like(x_data))
+            loss_fake = fake_branch_loss(fake, x_gen, normal_like(x_gen), uniform(0, 1, batch, generator))
+            update(1, loss_fake)
+        if discriminator is not None:
+            # the last x_gen serves again: the student has not moved since, and new noise falls on it
+            noise = normal_like(torch.cat([x_data, x_gen]))
+            t = uniform(T_MIN, T_MAX, 2 * batch, generator)
+            loss_discriminator, terms = discriminator_loss(discriminator, teacher, x_data, x_gen, noise, t, taps=taps)
+            update(2, loss_discriminator)
+        eps, noise, t = normal_like(x_data), normal_like(x_data), uniform(T_MIN, T_MAX, batch, generator)
+        loss, x_gen, generator_terms = generator_loss(
+            student, teacher, fake, discriminator, eps, noise, t, lambda_adv=lambda_adv, taps=taps)  # fmt: skip
+        update(0, loss)
+        update_ema(ema, student, step)
+        # --- bookkeeping ---
+        check_finite(step, loss=loss, loss_fake=loss_fake)
+        if step % log_every == 0 or step == steps - 1:
+            terms = {**terms, **generator_terms, "loss": loss, "loss_fake": loss_fake,
+                     "gen_mean": x_gen.mean(), "gen_std": x_gen.std()}  # fmt: skip
+            rows.append({"stream": stream, "seed": seed, "step": step, **{k: v.item() for k, v in terms.items()}})
+            progress.set_postfix(grad_dmd=f"{rows[-1]['grad_dmd']:.3g}", loss_fake=f"{rows[-1]['loss_fake']:.3g}")
+    return ema, rows

@@ -1,0 +1,509 @@
+"""Hierarchical distillation in 2D, start to end on a CPU: where trajectory distillation stops, and the way past it.
+
+    python toy2d.py                 the story, one seed          python toy2d.py --seeds 3      with mean and spread
+    python toy2d.py --quick         all of it, small             python toy2d.py --unify        three methods, one function
+
+Everything leaves runs/toy2d/: bottleneck.png, story.png, results.json, metrics.csv, and a table on the terminal. The same
+command again goes on where it was stopped, or only redraws.
+
+1. A teacher learns the velocity field of a density by flow matching; Heun's method with 100 steps (200 calls) samples it.
+2. The bottleneck. Students of many sizes learn the teacher's average velocity by MeanFlow (TD, meanflow_td.py) and sample
+   with ONE call. How close to the teacher's own sample of the same noise (replay error), how close to the data (sliced
+   Wasserstein-2), and how many samples lie inside the support? Bigger is better, but not by enough: the map from noise to
+   data has cliffs where the path chooses between two squares, and a smooth network of any size builds bridges there.
+3. The way past. A SMALL student takes the first half of its updates from TD, the second half from distribution matching
+   and an adversarial loss (dmd_refine.py, awd.py). It may now answer a noise point with another sample than the teacher
+   would, if only all samples together are right, and that a small network can do.
+4. The controls: the same second half, and the first one too, from random weights; and a discriminator without attention.
+
+The toy calls the losses, samplers and loops of the other files and has no second version of any. The paper's Fig. 3 plots
+the same question (PAPER: quality of TD rises with size, 50 times the size does not close the gap); its data and sizes are
+not told, so density, networks and budget here are OURS.
+"""
+
+import argparse
+import math
+import time
+from functools import partial
+
+import matplotlib
+
+matplotlib.use("Agg")  # pictures go to files: no window, no display needed
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from awd import AdaptiveWeightedDiscriminator
+from data import DENSITIES, RunFolder, UserError, rng
+from dmd_refine import refine
+from meanflow_td import (flow_matching_loss, meanflow_target, sample, sample_ode, student_objective, teacher_objective,
+                         train)
+from models import VelocityMLP, add_noise, count_parameters, expand_times, frozen_copy
+
+DEPTH = 3  # hidden layers of every network here
+TAPS = (0, 1, 2)  # the teacher's hidden layers that the discriminator reads, one token each
+TEACHER_WIDTH = 128
+HD_WIDTH = 64  # the small student
+POINTS = 6000  # samples kept for the pictures
+
+# `td_steps` + `refine_steps` updates is what every student gets, in whichever way it spends them.
+PLANS = {
+    "default": dict(widths=(24, 32, 64, 128, 192, 256), teacher_steps=6000, td_steps=3000, refine_steps=3000,
+                    unify_steps=3000, unify_rounds=6, unify_widths=(24, 64, 128), samples=100_000, ode_steps=100),
+    "quick": dict(widths=(8, 16, 24, 32, 48, 64), teacher_steps=300, td_steps=100, refine_steps=100,
+                  unify_steps=60, unify_rounds=3, unify_widths=(8, 16), samples=4000, ode_steps=20),
+}  # fmt: skip
+TEACHER_BATCH, BATCH = 1024, 512
+LR_TEACHER, LR_TD = 5e-3, 1e-3
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How good is a sample?
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sorted_projections(x, count=256):
+    """The points x (n, 2) projected onto `count` fixed directions, each row sorted: (count, n)."""
+    angle = math.pi * (torch.arange(count, device=x.device) + 0.5) / count  # evenly spread: the sphere is a half circle
+    return (torch.stack([angle.cos(), angle.sin()], dim=1) @ x.T).sort(dim=1).values
+
+
+def sliced_w2(projections_x, projections_y):
+    """Sliced Wasserstein-2 distance from the sorted projections (count, n) of two samples of equal size.
+
+    In one dimension the optimal transport pairs the sorted points; the squares are averaged over points and directions
+    (Bonneel et al., J. Math. Imaging Vis. 51, 2015).
+    """
+    return (projections_x - projections_y).square().mean().sqrt().item()
+
+
+class Judge:
+    """What all samples of one run are measured against: the data, one fixed noise, and the teacher's answer to it."""
+
+    def __init__(self, density, samples, device):
+        self.density = density
+        self.eps = torch.randn(samples, 2, generator=rng(0, "judge noise", 0, device), device=device)
+        self.data = density.draw(samples, rng(0, "judge data", 0, device))
+        self.projections = sorted_projections(self.data)
+        self.x_teacher = None  # (samples, 2), the many-step endpoint of every eps, once there is a teacher
+
+    def __call__(self, x):
+        """The measures of samples x (samples, 2) that were made from self.eps, as a dict of numbers."""
+        part = self.density.part(x)
+        shares = torch.bincount(part[part >= 0], minlength=self.density.parts) / len(x)
+        measures = {
+            "share_inside": (part >= 0).float().mean().item(),
+            "sliced_w2": sliced_w2(sorted_projections(x), self.projections),
+            "smallest_part": shares.min().item(),
+            "largest_part": shares.max().item(),
+        }
+        if self.x_teacher is not None:
+            measures["replay_error"] = (x - self.x_teacher).square().sum(dim=1).mean().item()
+        return measures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The story
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def new_network(seed, stream, build):
+    """build() with random weights that depend on (seed, stream) alone, and leave torch's global state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng(seed, stream).initial_seed())
+        return build()
+
+
+def student_network(seed, width, device):
+    """A student's random start: the same for one seed and width, so that variants differ in their training only."""
+    return new_network(seed, f"student {width}", lambda: VelocityMLP(2, width, DEPTH, two_times=True)).to(device)
+
+
+class Stages:
+    """One seed's networks: each is trained, judged and kept in the run folder, or found there."""
+
+    def __init__(self, run, judge, seed):
+        self.run, self.judge, self.seed = run, judge, seed
+
+    def __call__(self, name, what, net, fit, *, updates, sampler=sample, calls=1, part="story"):
+        """The average network after fit(net) -> (ema, rows), in the place of `net`; its measures go to the run folder."""
+
+        def compute():
+            start = time.perf_counter()
+            ema, rows = fit(net)
+            seconds = time.perf_counter() - start
+            x = sampler(ema, self.judge.eps)
+            result = {"part": part, "what": what, "seed": self.seed, "width": net.out.in_features,
+                      "parameters": count_parameters(net), "updates": updates, "nfe": calls,
+                      **self.judge(x), "seconds": round(seconds, 1)}  # fmt: skip
+            return {"net": ema.state_dict(), "rows": rows, "result": result, "points": x[:POINTS].cpu()}
+
+        state = self.run.stage(f"seed{self.seed}-{name}", compute)
+        net.load_state_dict(state["net"])
+        return net.requires_grad_(False)
+
+
+def train_teacher(run, judge, plan, seed, device):
+    """The teacher, and its many-step endpoints for the judge (at half the steps too: the floor of the replay error)."""
+    net = new_network(seed, "teacher", lambda: VelocityMLP(2, TEACHER_WIDTH, DEPTH)).to(device)
+
+    def compute():
+        start = time.perf_counter()
+        ema, rows = train(net, judge.density.draw, teacher_objective, steps=plan["teacher_steps"], batch=TEACHER_BATCH, lr=LR_TEACHER,
+                          seed=seed, stream="teacher")  # fmt: skip
+        seconds = time.perf_counter() - start
+        steps = plan["ode_steps"]
+        judge.x_teacher = sample_ode(ema, judge.eps, steps=steps, progress="teacher's samples")
+        coarse = sample_ode(ema, judge.eps, steps=steps // 2, progress="at half the steps")
+        replay_floor = (coarse - judge.x_teacher).square().sum(dim=1).mean().item()
+        result = {"part": "story", "what": "teacher", "seed": seed, "width": TEACHER_WIDTH,
+                  "parameters": count_parameters(net), "updates": plan["teacher_steps"], "nfe": 2 * steps,
+                  **judge(judge.x_teacher), "replay_error": replay_floor, "seconds": round(seconds, 1)}  # fmt: skip
+        return {"net": ema.state_dict(), "rows": rows, "result": result, "points": judge.x_teacher.cpu()}
+
+    state = run.stage(f"seed{seed}-teacher", compute)
+    net.load_state_dict(state["net"])
+    judge.x_teacher = state["points"].to(device)
+    return net.requires_grad_(False)
+
+
+def judge_fresh_data(run, judge, seed):
+    """A row for another draw of the data: how good a perfect sampler would look."""
+
+    def compute():
+        x = judge.density.draw(len(judge.eps), rng(seed, "fresh data", 0, judge.eps.device))
+        result = {"part": "story", "what": "data against data", "seed": seed, "width": 0, "parameters": 0, "updates": 0,
+                  "nfe": 0, **judge(x), "seconds": 0.0}  # fmt: skip
+        return {"rows": [], "result": result}
+
+    run.stage(f"seed{seed}-data", compute)
+
+
+def tell_story(run, judge, plan, seed, device):
+    """Teacher, bottleneck, refinement and controls for one seed; the results stay in the run folder."""
+    judge_fresh_data(run, judge, seed)
+    teacher = train_teacher(run, judge, plan, seed, device)
+    stages = Stages(run, judge, seed)
+    td_steps, refine_steps = plan["td_steps"], plan["refine_steps"]
+    draw = judge.density.draw
+
+    def distill(name, what, width, steps):
+        objective = partial(student_objective, teacher=teacher)
+        fit = partial(train, draw=draw, objective=objective, steps=steps, batch=BATCH, lr=LR_TD, seed=seed, stream=name)
+        return stages(name, what, student_network(seed, width, device), fit, updates=steps)
+
+    # --- the bottleneck: every size gets the updates of both stages ---
+    for width in plan["widths"]:
+        distill(f"td-{width}", "TD", width, td_steps + refine_steps)
+    distill("td-largest-twice", "TD, trained twice as long", plan["widths"][-1], 2 * (td_steps + refine_steps))
+
+    # --- the way past it: half of the updates for each stage ---
+    start = distill("td-start", "TD, first half only", HD_WIDTH, td_steps)
+
+    def refined(name, what, student, steps, updates, pooling=None):
+        discriminator = None
+        if pooling is not None:
+            build = partial(AdaptiveWeightedDiscriminator, [TEACHER_WIDTH], pooling)
+            discriminator = new_network(seed, "discriminator", build).to(device)
+        fit = partial(refine, teacher=teacher, draw=draw, discriminator=discriminator, steps=steps, batch=BATCH,
+                      seed=seed, stream=name, taps=TAPS)  # fmt: skip
+        return stages(name, what, student.requires_grad_(True), fit, updates=updates)
+
+    both = td_steps + refine_steps
+    refined("td-dmd", "TD + DMD", frozen_copy(start), refine_steps, both)
+    refined("hd", "HD: TD + DMD + AWD", frozen_copy(start), refine_steps, both, "attention")
+    refined("td-dmd-mean", "TD + DMD + GAN, mean pooling", frozen_copy(start), refine_steps, both, "mean")
+    # --- the controls: no TD, the updates of both stages ---
+    refined("dmd", "DMD, no TD", student_network(seed, HD_WIDTH, device), both, both)
+    refined("dmd-awd", "DMD + AWD, no TD", student_network(seed, HD_WIDTH, device), both, both, "attention")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The unified view: three roads to the average velocity
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def consistency_loss(u_theta, x_t, v, *, t, p=1.0, c=1e-2):
+    """Continuous-time consistency distillation, weighted by 1/t, as a loss on the network u_theta(x_t, t=t).
+
+    The consistency function f(x_t, t) = x_t - t u(x_t, 0, t) should not change along the teacher's path: df/dt = 0.
+    Its gradient is (df/dt) . grad f (Song et al., arXiv 2303.01469, continuous-time CD; Lu & Song, arXiv 2410.11081).
+    x_t, v (B, ...); t (B,) in (0, 1]. p, c: MeanFlow's adaptive weight, so that the roads differ in nothing else.
+    Returns the scalar loss and err (B,), the squared norm of df/dt.
+    """
+    zero = torch.zeros_like(t)
+
+    def u_from_zero(x, *, t, r):
+        return u_theta(x, t=t)
+
+    # f = x_t - t u   =>   df/dt = v - u - t du/dt ;   grad f = -t grad u
+    u = u_theta(x_t, t=t)
+    _, du_dt = meanflow_target(u_from_zero, x_t, v, r=zero, t=t)
+    f = x_t - expand_times(t, x_t) * u
+    df_dt = (v - u - expand_times(t, x_t) * du_dt).detach()
+    # 1/2 |f - sg[f - df/dt]|^2 / t has the gradient (df/dt . grad f) / t = -(df/dt) . grad u : MeanFlow's at r = 0
+    err = df_dt.square().flatten(1).sum(dim=1)  # (B,)
+    move = 0.5 * (f - (f - df_dt).detach()).square().flatten(1).sum(dim=1) / t
+    return (move * (err + c) ** -p).mean(), err
+
+
+def consistency_objective(net, x_0, eps, generator, *, teacher):
+    """Consistency distillation for a batch of data and noise (B, 2); net has one time, u(x_t, 0, t)."""
+    t = torch.rand(len(x_0), generator=generator, device=x_0.device).clamp_min(1e-3)  # the weight is 1/t
+    x_t = add_noise(x_0, eps, t)
+    with torch.no_grad():
+        v = teacher(x_t, t=t)
+    loss, err = consistency_loss(net, x_t, v, t=t)
+    return loss, {"raw_error": err.mean()}
+
+
+def progressive_target(velocity, x_t, *, t, h):
+    """Progressive distillation's target: two steps of length h by the present velocity, as one (arXiv 2202.00512).
+
+    velocity(x_t, t=t) -> (B, ...); t (B,) >= 2 h. Returns (v(x_t, t) + v(x_t - h v, t - h)) / 2: (B, ...).
+    """
+    v_first = velocity(x_t, t=t)
+    v_second = velocity(x_t - h * v_first, t=t - h)
+    return (v_first + v_second) / 2
+
+
+def progressive_objective(net, x_0, eps, generator, *, previous, h):
+    """One round of progressive distillation: net learns to step 2 h where `previous` steps h. Both have one time."""
+    count = round(1 / (2 * h))  # the student's grid: t = 2 h, 4 h, ..., 1
+    t = 2 * h * (1 + torch.randint(count, (len(x_0),), generator=generator, device=x_0.device))
+    x_t = add_noise(x_0, eps, t)
+    with torch.no_grad():
+        v = progressive_target(previous, x_t, t=t, h=h)
+    loss, err = flow_matching_loss(net, x_t, v, t=t)
+    return loss, {"raw_error": err.mean()}
+
+
+def distill_progressively(net, draw, *, teacher, rounds, steps, **settings):
+    """`rounds` halvings, from 2^rounds Euler steps of the teacher to one, sharing `steps` updates; as `train` returns."""
+    rows, previous = [], teacher
+    for k in range(rounds):
+        objective = partial(progressive_objective, previous=previous, h=2.0 ** (k - rounds))
+        share = (k + 1) * steps // rounds - k * steps // rounds
+        settings["stream"] = f"{settings['stream'].split(', round')[0]}, round {k + 1}"
+        ema, more = train(net, draw, objective, steps=share, **settings)
+        rows += more
+        net.load_state_dict(ema.state_dict())  # the next round's student starts from this round's
+        previous = ema
+    return ema, rows
+
+
+def unify(run, judge, plan, seed, device):
+    """Consistency, progressive and MeanFlow distillation of one teacher: same sizes, same budget, same question.
+
+    The question: u(eps, 0, 1). The exact answer: (eps - x_0) / 1, with x_0 the end of the teacher's ODE. The distance
+    between the two is the replay error of one step.
+    """
+    teacher = train_teacher(run, judge, plan, seed, device)
+    stages = Stages(run, judge, seed)
+    settings = dict(steps=plan["unify_steps"], batch=BATCH, lr=LR_TD, seed=seed)
+
+    def one_time_sample(net, eps):  # one call at t = 1, of a network that has no r
+        return eps - net(eps, t=eps.new_ones(len(eps)))
+
+    for width in plan["unify_widths"]:
+        one_time = partial(new_network, seed, f"student {width}", partial(VelocityMLP, 2, width, DEPTH))
+        roads = {
+            "MeanFlow": (student_network(seed, width, device), sample,
+                         partial(train, objective=partial(student_objective, teacher=teacher))),
+            "consistency": (one_time().to(device), one_time_sample,
+                            partial(train, objective=partial(consistency_objective, teacher=teacher))),
+            "progressive": (one_time().to(device), one_time_sample,
+                            partial(distill_progressively, teacher=teacher, rounds=plan["unify_rounds"])),
+        }  # fmt: skip
+        for road, (net, sampler, fit) in roads.items():
+            stream = f"unify-{road}-{width}"
+            fit = partial(fit, draw=judge.density.draw, stream=stream, **settings)
+            stages(stream, road, net, fit, updates=plan["unify_steps"], sampler=torch.no_grad()(sampler), part="unify")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+ORANGE, BLUE, GREEN, GREY = "#d55e00", "#0072b2", "#009e73", "#777777"  # Okabe and Ito's colours for all eyes
+
+
+def mean_std(values):
+    """"0.123 +- 0.004", or the number alone where there is one."""
+    spread = f" +- {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{spread}"
+
+
+def grouped(results, part):
+    """{(what, width): [a result for each seed]} of one part, in the order in which they were first made."""
+    groups = {}
+    for row in results:
+        if row["part"] == part:
+            groups.setdefault((row["what"], row["width"]), []).append(row)
+    return groups
+
+
+def print_table(results, part):
+    """What was run, and how good it is: a line for each kind, with mean and spread over the seeds."""
+    print(f"{'':34} {'parameters':>10} {'calls':>5}   {'inside':<19} {'sliced W2':<19} {'replay error':<19} parts, %")
+    for (what, width), rows in grouped(results, part).items():
+        columns = [mean_std([row[key] for row in rows]) if key in rows[0] else "" for key in
+                   ("share_inside", "sliced_w2", "replay_error")]  # fmt: skip
+        low, high = (100 * np.mean([row[key] for row in rows]) for key in ("smallest_part", "largest_part"))
+        name = f"{what}, width {width}" if width else what
+        print(f"{name:34} {rows[0]['parameters'] or '':>10} {rows[0]['nfe'] or '':>5}   "
+              f"{columns[0]:<19} {columns[1]:<19} {columns[2]:<19} {low:.1f} to {high:.1f}")
+
+
+def draw_curve(axis, groups, names, key, **style):
+    """Mean over seeds against the number of parameters, with a bar for the standard deviation."""
+    chosen = sorted((rows for (what, _), rows in groups.items() if what in names), key=lambda rows: rows[0]["parameters"])
+    x = [rows[0]["parameters"] for rows in chosen]
+    values = [[row[key] for row in rows] for rows in chosen]
+    spread = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
+    axis.errorbar(x, [np.mean(v) for v in values], spread, capsize=3, **style)
+
+
+def style_axes(axis, ylabel, log=True):
+    axis.set_xscale("log")
+    axis.set_yscale("log" if log else "linear")
+    axis.set_xlabel("parameters of the student")
+    axis.set_ylabel(ylabel)
+    axis.grid(alpha=0.3)
+
+
+def plot_bottleneck(path, results):
+    """bottleneck.png: the quality of one step against the student's size, with the teacher as the floor."""
+    groups = grouped(results, "story")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
+    panels = [("replay_error", "replay error\n(squared distance to the teacher's sample)", True),
+              ("sliced_w2", "sliced Wasserstein-2 to the data", True),
+              ("share_inside", "share of samples inside the support", False)]  # fmt: skip
+    for axis, (key, label, log) in zip(axes, panels):
+        draw_curve(axis, groups, ["TD"], key, color=BLUE, marker="o", label="TD, 1 call")
+        draw_curve(axis, groups, ["TD, trained twice as long"], key, color=BLUE, marker="o", mfc="white", ls="none",
+                   label="TD, trained twice as long")  # fmt: skip
+        draw_curve(axis, groups, ["HD: TD + DMD + AWD"], key, color=ORANGE, marker="*", ms=16, ls="none",
+                   label="hierarchical distillation, 1 call")  # fmt: skip
+        teacher = next(rows for (what, _), rows in groups.items() if what == "teacher")
+        floor = "teacher at half against all of its steps" if key == "replay_error" else f"teacher, {teacher[0]['nfe']} calls"
+        axis.axhline(np.mean([row[key] for row in teacher]), color="black", ls="--", label=floor)
+        if key == "sliced_w2":
+            data = groups["data against data", 0]
+            axis.axhline(np.mean([row[key] for row in data]), color=GREY, ls=":", label="data against data")
+        style_axes(axis, label, log)
+        axis.legend(fontsize=8)
+    figure.suptitle("A bigger student is better, but not by enough; a small one gets past by another road")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_story(path, panels):
+    """story.png: panels {title: points (n, 2)}; a point has the colour of the noise it came from."""
+    angle = next(iter(panels.values()))[1]
+    figure, axes = plt.subplots(2, 4, figsize=(14, 7.4), constrained_layout=True, sharex=True, sharey=True)
+    for axis, (title, (points, colour)) in zip(axes.flat, panels.items()):
+        axis.scatter(*points.T, c=colour, cmap="twilight", s=1.5, lw=0, rasterized=True)
+        axis.set(title=title, xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def plot_unified(path, results):
+    """unified.png: how far three distillations of one teacher stay from the exact average velocity, by size."""
+    groups = grouped(results, "unify")
+    figure, axis = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
+    for road, colour, marker in [("MeanFlow", BLUE, "o"), ("consistency", ORANGE, "s"), ("progressive", GREEN, "^")]:
+        draw_curve(axis, groups, [road], "replay_error", color=colour, marker=marker, label=f"{road} distillation")
+    teacher = [row["replay_error"] for row in results if row["what"] == "teacher"]
+    axis.axhline(np.mean(teacher), color="black", ls="--", label="teacher at half against all of its steps")
+    style_axes(axis, "squared distance of u(eps, 0, 1)\nfrom the exact average velocity")
+    axis.set_title("Three roads to one function, one bottleneck")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def report(run, judge, plan, seed):
+    """results.json, metrics.csv, pictures and closing tables of all that the run folder holds; the story is one seed's."""
+    states = run.stages()
+    results = [state["result"] for state in states.values()]
+    run.write_results(results)
+    run.write_metrics([row for state in states.values() for row in state["rows"]])
+    pictures = []
+    if f"seed{seed}-dmd-awd" in states:  # the story's last stage
+        small, large = min(plan["widths"]), max(plan["widths"])
+        chosen = {"teacher": "teacher", "TD, 1 call, smallest": f"td-{small}", "TD, 1 call, HD's size": f"td-{HD_WIDTH}",
+                  "TD, 1 call, largest": f"td-{large}", "TD + DMD, 1 call": "td-dmd",
+                  "HD: TD + DMD + AWD, 1 call": "hd", "without TD: DMD + AWD": "dmd-awd"}  # fmt: skip
+        colour = torch.atan2(*judge.eps[:POINTS].cpu().T)  # a point has the colour of its noise's direction
+        panels = {"data": (judge.data[:POINTS].cpu(), GREY)}
+        panels |= {title: (states[f"seed{seed}-{name}"]["points"][:POINTS], colour) for title, name in chosen.items()}
+        plot_story(run.path / "story.png", panels)
+        plot_bottleneck(run.path / "bottleneck.png", results)
+        print_table(results, "story")
+        pictures += ["story.png", "bottleneck.png"]
+    if any(row["part"] == "unify" for row in results):
+        plot_unified(run.path / "unified.png", results)
+        print_table(results, "unify")
+        pictures.append("unified.png")
+    print(f"In {run.path}: {', '.join(pictures)}, results.json, metrics.csv, and a checkpoint for each network.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def at_least(low):
+    """An argparse type: an integer not below `low`."""
+
+    def integer(text):
+        if not text.lstrip("-").isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"an integer of at least {low} is needed, not {text!r}")
+        return int(text)
+
+    return integer
+
+
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=DENSITIES, default="checkerboard", help="2D density (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least(1), default=1, help="how many seeds to run (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="the first of them (default: %(default)s)")
+    parser.add_argument("--out", help="run folder (default: runs/toy2d, and for other data or plans runs/toy2d-...)")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="everything, small: to see that it works, not how well")
+    parser.add_argument("--unify", action="store_true",
+                        help="instead of the story: consistency, progressive and MeanFlow distillation side by side")  # fmt: skip
+    for name, what in [("teacher", "of the teacher"), ("td", "of stage 1"), ("refine", "of stage 2")]:
+        parser.add_argument(f"--{name}-steps", type=at_least(1),
+                            help=f"updates {what} (default: {PLANS['default'][f'{name}_steps']})")  # fmt: skip
+    args = parser.parse_args(arguments)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} can't be used here ({str(error).splitlines()[0]}): try --device cpu")
+    return parser, args
+
+
+def main(arguments=None):
+    parser, args = parse_arguments(arguments)
+    plan = dict(PLANS["quick" if args.quick else "default"])
+    plan |= {f"{name}_steps": steps for name in ("teacher", "td", "refine") if (steps := getattr(args, f"{name}_steps"))}
+    name = "-".join(["toy2d"] + [args.data] * (args.data != "checkerboard") + ["quick"] * args.quick)
+    try:
+        run = RunFolder(args.out or f"runs/{name}", {"script": "toy2d.py", "data": args.data, **plan})
+        for seed in range(args.seed, args.seed + args.seeds):
+            judge = Judge(DENSITIES[args.data](), plan["samples"], torch.device(args.device))
+            (unify if args.unify else tell_story)(run, judge, plan, seed, torch.device(args.device))
+        report(run, judge, plan, args.seed)
+    except UserError as error:
+        parser.exit(2, f"toy2d.py: {error}\n")
+    except FloatingPointError as error:
+        parser.exit(3, f"toy2d.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\ntoy2d.py: stopped; the same command goes on from the last finished network\n")
+
+
+if __name__ == "__main__":
+    main()
