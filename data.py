@@ -9,11 +9,13 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Randomness
@@ -170,6 +172,11 @@ DENSITIES = {"checkerboard": _checkerboard, "spirals": _spirals, "rings": _rings
 # ---------------------------------------------------------------------------------------------------------------------
 # The run folder
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def progress(items, label):
+    """A tqdm bar over `items`, gone when done; a plain line now and then where nobody looks at a terminal."""
+    return tqdm(items, desc=label, leave=False, mininterval=0.2 if sys.stderr.isatty() else 30)
 
 
 class UserError(ValueError):

@@ -27,10 +27,9 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from awd import discriminator_hinge, generator_hinge
-from data import rng
+from data import progress, rng
 from meanflow_td import check_finite, flow_matching_loss, learning_rate
 from models import add_noise, frozen_copy, update_ema, x0_from_velocity
 
@@ -161,8 +160,8 @@ def refine(student, teacher, draw, *, discriminator=None, steps, batch, seed, st
         loss.backward()
         optimizers[player].step()
 
-    progress = tqdm(range(steps), desc=stream, leave=False)
-    for step in progress:
+    bar = progress(range(steps), stream)
+    for step in bar:
         # --- training step ---
         generator = rng(seed, stream, step, device)
 
@@ -196,5 +195,5 @@ def refine(student, teacher, draw, *, discriminator=None, steps, batch, seed, st
             terms = {**terms, **generator_terms, "loss": loss, "loss_fake": loss_fake,
                      "gen_mean": x_gen.mean(), "gen_std": x_gen.std()}  # fmt: skip
             rows.append({"stream": stream, "seed": seed, "step": step, **{k: v.item() for k, v in terms.items()}})
-            progress.set_postfix(grad_dmd=f"{rows[-1]['grad_dmd']:.3g}", loss_fake=f"{rows[-1]['loss_fake']:.3g}")
+            bar.set_postfix(grad_dmd=f"{rows[-1]['grad_dmd']:.3g}", loss_fake=f"{rows[-1]['loss_fake']:.3g}")
     return ema, rows

@@ -28,9 +28,8 @@ toy2d.py (run `python toy2d.py`).
 import math
 
 import torch
-from tqdm import tqdm
 
-from data import rng
+from data import progress, rng
 from models import add_noise, frozen_copy, update_ema
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,17 +136,16 @@ def sample(net, eps, y=None, steps=1):
 
 
 @torch.no_grad()
-def sample_ode(velocity, eps, y=None, steps=100, progress=None):
+def sample_ode(velocity, eps, y=None, steps=100):
     """The teacher's samples x_0 (B, ...) from noise eps: Heun's method from t = 1 to t = 0, two calls a step.
 
-    velocity(x_t, t=t) -> (B, ...), called with y=y too if y (B,) is given. progress: a label for a tqdm bar.
-    Raises ValueError for steps < 1.
+    velocity(x_t, t=t) -> (B, ...), called with y=y too if y (B,) is given. Raises ValueError for steps < 1.
     """
     if steps < 1:
         raise ValueError(f"sampling takes at least 1 step, not {steps}")
     label = {} if y is None else {"y": y}
     x = eps
-    for k in tqdm(range(steps), desc=progress, disable=progress is None, leave=False):
+    for k in range(steps):
         t = x.new_full((len(x),), 1 - k / steps)
         s = x.new_full((len(x),), 1 - (k + 1) / steps)
         v_t = velocity(x, t=t, **label)
@@ -205,8 +203,8 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, log_every=100
     device = next(net.parameters()).device
     optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
     ema, rows = frozen_copy(net), []
-    progress = tqdm(range(steps), desc=stream, leave=False)
-    for step in progress:
+    bar = progress(range(steps), stream)
+    for step in bar:
         # --- training step ---
         generator = rng(seed, stream, step, device)
         x_0 = draw(batch, generator)  # (B, ...)
@@ -223,5 +221,5 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, log_every=100
         if step % log_every == 0 or step == steps - 1:
             values = {name: value.item() for name, value in {"loss": loss, **terms}.items()}
             rows.append({"stream": stream, "seed": seed, "step": step, **values})
-            progress.set_postfix(raw_error=f"{values['raw_error']:.3g}")
+            bar.set_postfix(raw_error=f"{values['raw_error']:.3g}")
     return ema, rows

@@ -4,6 +4,9 @@ The numbers in the tests are what the official code answered (facebookresearch/D
 networks had been filled by this same rule.
 """
 
+import types
+from pathlib import Path
+
 import torch
 
 
@@ -34,3 +37,17 @@ def fill(module):
                 values = 1 + values
         entry.copy_(values)  # state_dict shares memory with the module
     return module.eval()
+
+
+def broken(module, *replacements):
+    """A copy of one of our modules with (old, new) replaced in its source: what a test must be able to catch.
+
+    Every `old` has to stand in the source exactly once, so that a mutation can't silently stop mutating.
+    """
+    source = Path(module.__file__).read_text()
+    for old, new in replacements:
+        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {module.__file__}"
+        source = source.replace(old, new)
+    copy = types.ModuleType(module.__name__)
+    exec(compile(source, f"broken {module.__name__}", "exec"), copy.__dict__)
+    return copy

@@ -1,0 +1,195 @@
+"""Stage 2 against the closed forms of Gaussians, and which network each update moves."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import broken
+from torch.distributions import Normal, kl_divergence
+
+import dmd_refine
+from awd import AdaptiveWeightedDiscriminator
+from data import GaussianMixture, rng
+from models import VelocityMLP, frozen_copy, score_from_velocity
+
+REAL = GaussianMixture(torch.tensor([[0.5]], dtype=torch.float64), 0.6)  # one component each: plain Gaussians, in 1D
+MEAN, LOG_STD = 1.1, -0.4  # of the generator: x_gen = mean + exp(log_std) z
+
+
+def hermite_grid(n=8):
+    """Nodes (n^2,) z and noise, and weights (n^2,), that integrate polynomials over two unit Gaussians exactly."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(n)
+    nodes, weights = torch.tensor(nodes), torch.tensor(weights / weights.sum())
+    z, noise = torch.meshgrid(nodes, nodes, indexing="ij")
+    return z.flatten(), noise.flatten(), torch.outer(weights, weights).flatten()
+
+
+def check_kl(module):
+    for time in (0.1, 0.5, 0.9):
+        # the oracle: autograd through the closed form of KL(p_gen,t || p_real,t)
+        parameters = torch.tensor([MEAN, LOG_STD], dtype=torch.float64, requires_grad=True)
+        mean, std = parameters[0], parameters[1].exp()
+        at_t = [Normal((1 - time) * m, (((1 - time) * s) ** 2 + time**2) ** 0.5) for m, s in [(mean, std), (0.5, 0.6)]]
+        (expected,) = torch.autograd.grad(kl_divergence(*at_t), parameters)
+        # ours: the mean over x_gen and its noise of grad . dx_gen/dparameters, with exact velocities
+        z, noise, weight = hermite_grid()
+        x_gen = (MEAN + np.exp(LOG_STD) * z)[:, None]
+        x_t, t = (1 - time) * x_gen + time * noise[:, None], torch.full_like(z, time)
+        gen = GaussianMixture(torch.tensor([[MEAN]], dtype=torch.float64), float(np.exp(LOG_STD)))
+        grad = module.dmd_gradient(x_gen, x_t, t=t, v_real=REAL.velocity(x_t, t=t), v_fake=gen.velocity(x_t, t=t),
+                                   normalize=False)[:, 0]  # fmt: skip
+        exact = grad * (1 - time) ** 2 / time**2
+        ours = torch.stack([(weight * exact).sum(), (weight * exact * np.exp(LOG_STD) * z).sum()])
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_gradient_is_the_exact_kls_at_each_t():
+    check_kl(dmd_refine)
+
+
+@pytest.mark.parametrize("old, new", [("grad = x0_fake - x0_real\n", "grad = x0_real - x0_fake\n"),
+                                      ("x0_fake = x0_from_velocity(x_t, t, v_fake)", "x0_fake = x_t - v_fake"),
+                                      ("    if normalize:", "    if True:")])  # fmt: skip
+def test_a_broken_gradient_is_caught(old, new):
+    with pytest.raises(AssertionError):
+        check_kl(broken(dmd_refine, (old, new)))
+
+
+def random_inputs(shape=(8, 3, 4, 4)):
+    generator = rng(0, "dmd")
+    x_gen, x_t, v_real, v_fake = torch.randn(4, *shape, generator=generator, dtype=torch.float64)
+    return x_gen, x_t, v_real, v_fake, torch.rand(shape[0], generator=generator, dtype=torch.float64)
+
+
+def test_the_normalised_gradient_is_its_formula():
+    x_gen, x_t, v_real, v_fake, t = random_inputs()
+    grad = dmd_refine.dmd_gradient(x_gen, x_t, t=t, v_real=v_real, v_fake=v_fake)
+    for i in range(len(t)):
+        x0_real, x0_fake = x_t[i] - t[i] * v_real[i], x_t[i] - t[i] * v_fake[i]
+        torch.testing.assert_close(grad[i], (x0_fake - x0_real) / (x_gen[i] - x0_real).abs().mean())
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_no_gradient_where_the_fake_branch_is_the_teacher(normalize):
+    x_gen, x_t, v_real, _, t = random_inputs()
+    assert (dmd_refine.dmd_gradient(x_gen, x_t, t=t, v_real=v_real, v_fake=v_real, normalize=normalize) == 0).all()
+
+
+def test_the_loss_has_the_gradient_that_it_was_given():
+    x_gen, grad = random_inputs()[:2]
+    x_gen.requires_grad_(True)
+    (ours,) = torch.autograd.grad(dmd_refine.dmd_loss(x_gen, grad), x_gen)
+    torch.testing.assert_close(ours, grad / x_gen.numel())
+
+
+def test_scores_and_guesses_point_the_same_way():
+    """s_real - s_fake = (1 - t)/t^2 (x0_real - x0_fake)."""
+    _, x_t, v_real, v_fake, t = random_inputs()
+    scores = score_from_velocity(x_t, t, v_real) - score_from_velocity(x_t, t, v_fake)
+    t_ = t[:, None, None, None]
+    torch.testing.assert_close(scores, (1 - t_) / t_**2 * ((x_t - t_ * v_real) - (x_t - t_ * v_fake)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who is moved by what
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cast(pooling="attention"):
+    """Student, teacher, fake branch and discriminator, small; and noise, data and times for them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        student, teacher = VelocityMLP(2, 8, 2, two_times=True), VelocityMLP(2, 8, 2).requires_grad_(False)
+        discriminator = AdaptiveWeightedDiscriminator([8], pooling)
+        fake = VelocityMLP(2, 8, 2)
+        eps, noise, x_data = torch.randn(3, 16, 2)
+    return student, teacher, fake, discriminator, eps, noise, x_data, torch.linspace(0.1, 0.9, 16)
+
+
+def moved(*nets):
+    """For each network: does every parameter that the update may reach have a gradient (True), or none (False)?"""
+    return [any(p.grad is not None for p in net.parameters()) for net in nets]
+
+
+def check_routing(module):
+    student, teacher, fake, discriminator, eps, noise, x_data, t = cast()
+    loss, x_gen, _ = module.generator_loss(student, teacher, fake, discriminator, eps, noise, t, lambda_adv=0.1, taps=(0, 1))
+    loss.backward()
+    assert moved(student, teacher, fake, discriminator) == [True, False, False, False]
+    student.zero_grad(set_to_none=True)
+    module.fake_branch_loss(fake, x_gen, noise, t).backward()
+    assert moved(student, teacher, fake, discriminator) == [False, False, True, False]
+    fake.zero_grad(set_to_none=True)
+    both = torch.cat([noise, noise]), torch.cat([t, t])
+    loss, _ = module.discriminator_loss(discriminator, teacher, x_data, x_gen, *both, taps=(0, 1))
+    loss.backward()
+    assert moved(student, teacher, fake, discriminator) == [False, False, False, True]
+
+
+def test_each_update_moves_its_own_network_only():
+    check_routing(dmd_refine)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("        with fixed(discriminator):\n", "        if True:\n"),
+    ("    x_gen = x_gen.detach()\n    loss, _ = flow", "    loss, _ = flow"),
+    ("torch.cat([x_data, x_gen.detach()]), noise, t)\n    with torch.no_grad():",
+     "torch.cat([x_data, x_gen]), noise, t)\n    if True:"),
+    ("    with torch.no_grad():\n        v_fake = fake", "    if True:\n        v_fake = fake"),
+])  # fmt: skip
+def test_a_leak_is_caught(old, new):
+    module = broken(dmd_refine, (old, new))
+    if "v_fake" in new:  # the gradient is held fixed twice, in the loss too: both have to break
+        module = broken(dmd_refine, (old, new), ("(x_gen - grad).detach()", "(x_gen.detach() - grad)"))
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_routing(module)
+
+
+def test_the_adversarial_term_moves_samples_towards_data():
+    """The student's gradient of the adversarial term alone raises the discriminator's logit."""
+    student, teacher, _, discriminator, eps, noise, _, t = cast()
+    fake = frozen_copy(teacher)  # equal to the teacher: no DMD gradient, the adversarial term stands alone
+
+    def logit():
+        x_t = dmd_refine.add_noise(dmd_refine.one_step(student, eps), noise, t)
+        return discriminator(teacher(x_t, t=t, taps=(0, 1))[1]).mean().item()
+
+    discriminator.eval()  # spectral norm without its power iteration, so that before and after can be compared
+    before = logit()
+    loss, _, terms = dmd_refine.generator_loss(student, teacher, fake, discriminator, eps, noise, t, lambda_adv=0.1, taps=(0, 1))
+    assert terms["grad_dmd"] == 0 and loss.item() == pytest.approx(-0.1 * before, abs=1e-6)
+    loss.backward()
+    with torch.no_grad():
+        for p in student.parameters():
+            p -= 0.01 * (p.grad if p.grad is not None else 0)
+    assert logit() > before
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean", None])
+def test_refining_is_the_same_twice_and_keeps_teacher_and_start(pooling):
+    results = []
+    for _ in range(2):
+        student, teacher, _, discriminator, _, _, x_data, _ = cast(pooling or "mean")
+        before = frozen_copy(teacher)
+        ema, rows = dmd_refine.refine(student, teacher, lambda n, g: x_data[:n], steps=3, batch=8, seed=0, stream="t",
+                                      discriminator=discriminator if pooling else None, taps=(0, 1))  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), before.parameters()))
+        assert ("accuracy" in rows[0]) == (pooling is not None)
+        results.append((list(ema.parameters()), rows))
+    assert results[0][1] == results[1][1]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0]))
+
+
+def test_dmd_brings_a_gaussian_student_to_the_teacher():
+    """The whole loop, where the answer is known: data N(0.5, 0.6^2), from a start that is far off."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        student, teacher = VelocityMLP(1, 16, 1, two_times=True), VelocityMLP(1, 16, 1)
+    draw = lambda n, g: REAL.draw(n, g).float()  # noqa: E731
+    from meanflow_td import sample, teacher_objective, train
+
+    teacher, _ = train(teacher, draw, teacher_objective, steps=400, batch=256, lr=5e-3, seed=0, stream="teacher")
+    eps = torch.randn(4000, 1, generator=rng(0, "eps"))
+    assert abs(sample(student, eps).mean() - 0.5) > 0.2
+    ema, _ = dmd_refine.refine(student, teacher, draw, steps=400, batch=256, seed=0, stream="dmd")
+    x = sample(ema, eps)
+    assert abs(x.mean() - 0.5) < 0.08 and abs(x.std() - 0.6) < 0.08

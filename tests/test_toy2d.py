@@ -1,0 +1,131 @@
+"""toy2d.py as a person runs it: what it leaves behind, how it goes on, and what it says to a mistake."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--quick", "--teacher-steps", "4", "--td-steps", "3", "--refine-steps", "3"]
+
+
+def start(*arguments):
+    return subprocess.Popen([sys.executable, ROOT / "toy2d.py", *map(str, arguments)], text=True, cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def run(*arguments):
+    process = start(*arguments)
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+def contents(folder):
+    """All that a run is to reproduce to the bit: weights, measures, samples and metrics, without times."""
+    states = {}
+    for path in sorted(folder.glob("*.pt")):
+        state = torch.load(path, weights_only=True)
+        result = {k: v for k, v in state["result"].items() if k != "seconds"}
+        net = {k: v.tolist() for k, v in state.get("net", {}).items()}
+        states[path.stem] = [net, state["rows"], result, state.get("points", torch.empty(0)).tolist()]
+    return states, (folder / "metrics.csv").read_text()
+
+
+@pytest.mark.slow
+def test_quick_tells_the_whole_story(tmp_path):
+    out = tmp_path / "run"
+    begin = time.time()
+    code, text, err = run("--quick", "--out", out)
+    assert code == 0, err
+    assert time.time() - begin < 120  # about 15 s on 2 idle cores; the bar is 60
+    results = json.loads((out / "results.json").read_text())
+    kinds = [row["what"] for row in results]
+    assert kinds.count("TD") == 6 and {"data against data", "teacher", "TD + DMD", "HD: TD + DMD + AWD", "DMD, no TD",
+                                      "TD + DMD + GAN, mean pooling", "DMD + AWD, no TD"} <= set(kinds)  # fmt: skip
+    for row in results:
+        assert 0 <= row["share_inside"] <= 1 and row["sliced_w2"] >= 0 and row["seed"] == 0 and "nfe" in row
+        assert row["what"] in text
+    # the same number of updates for every student, however it spends them
+    students = {row["updates"] for row in results if row["nfe"] == 1 and row["what"] not in
+                ("TD, trained twice as long", "TD, first half only")}  # fmt: skip
+    assert students == {200}
+    with open(out / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {"teacher", "td-start", "hd", "dmd"} <= {row["stream"] for row in rows}
+    assert all(float(row["du_dt"]) > 0 for row in rows if row["stream"].startswith("td-start"))
+    for name in ("story.png", "bottleneck.png"):
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 300 and len(picture.convert("L").resize((64, 64)).getcolors(4096)) > 20
+    assert str(out) in text
+    # the same command again only redraws
+    begin, before = time.time(), contents(out)
+    code, again, err = run("--quick", "--out", out)
+    assert code == 0 and again == text and time.time() - begin < 20 and contents(out) == before
+    # a second seed joins the first, and the table has a spread
+    code, text, err = run(*TINY, "--seeds", 2, "--out", tmp_path / "tiny")
+    assert code == 0 and "+-" in text
+
+
+@pytest.mark.slow
+def test_unify_measures_three_roads(tmp_path):
+    code, text, err = run("--quick", "--unify", "--out", tmp_path / "run")
+    assert code == 0, err
+    rows = [row for row in json.loads((tmp_path / "run" / "results.json").read_text()) if row["part"] == "unify"]
+    assert [row["what"] for row in rows] == 2 * ["MeanFlow", "consistency", "progressive"]
+    assert len({row["updates"] for row in rows}) == 1 and all(row["replay_error"] > 0 for row in rows)
+    assert (tmp_path / "run" / "unified.png").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bits(tmp_path):
+    code, _, err = run(*TINY, "--out", tmp_path / "whole")
+    assert code == 0, err
+    for wait in (4, 5, 6):
+        process = start(*TINY, "--out", tmp_path / "killed")
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    code, _, err = run(*TINY, "--out", tmp_path / "killed")
+    assert code == 0, err
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--data", "moons"], "invalid choice: 'moons'"),
+    (["--td-steps", "-5"], "an integer of at least 1 is needed, not '-5'"),
+    (["--refine-steps", "0"], "an integer of at least 1 is needed, not '0'"),
+    (["--teacher-steps", "many"], "an integer of at least 1 is needed, not 'many'"),
+    (["--seeds", "0"], "an integer of at least 1 is needed, not '0'"),
+    (["--seed", "-1"], "an integer of at least 0 is needed, not '-1'"),
+    (["--device", "warp"], "--device warp can't be used here"),
+    (["--out", "FILE"], "can't make the run folder"),
+    (["--out", "FILE/below"], "can't make the run folder"),
+    (["--out", "OTHER"], "is no run folder, but it is not empty"),
+    (["--out", "RINGS"], "holds a run of another configuration (data = 'rings' there and 'checkerboard' now)"),
+])  # fmt: skip
+def test_a_mistake_gets_one_sentence(tmp_path, capsys, arguments, sentence):
+    import toy2d
+    from data import RunFolder
+
+    (tmp_path / "FILE").write_text("mine")
+    (tmp_path / "OTHER").mkdir()
+    (tmp_path / "OTHER" / "mine.txt").write_text("mine")
+    RunFolder(tmp_path / "RINGS", {"script": "toy2d.py", "data": "rings", **toy2d.PLANS["quick"]})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if arguments[0] == "--out":
+        arguments = ["--out", str(tmp_path / arguments[1])]
+    elif arguments[0] != "--data":
+        arguments = [*arguments, "--out", str(tmp_path / "new")]
+    with pytest.raises(SystemExit) as stop:
+        toy2d.main(["--quick", *arguments])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert sentence in err and "Traceback" not in err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
