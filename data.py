@@ -241,6 +241,7 @@ def read_statistics(path, named):
     arr_0, or None. Raises BadInput: no npz, pickled, NaN, another dimension, a mean without its covariance."""
     stats = {}
     try:
+        zipfile.ZipFile(path).close()  # np.load takes other formats too, and answers them in other ways
         with np.load(path, allow_pickle=False) as file:
             keys = file.files
             for feature, (mu, sigma, dim) in named.items():
@@ -256,7 +257,7 @@ def read_statistics(path, named):
         raise
     except KeyError as error:
         raise BadInput(f"{path} holds one of {mu}, {sigma} without the other.") from error
-    except (*READ_ERRORS, AttributeError, zipfile.BadZipFile) as error:  # AttributeError: a bare array has no keys
+    except (*READ_ERRORS, zipfile.BadZipFile) as error:
         raise BadInput(f"{path} cannot be read as an npz file of plain arrays ({error}).") from error
     return stats, NpzImages(path) if "arr_0" in keys else None
 

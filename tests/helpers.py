@@ -26,8 +26,7 @@ def fill(module):
     return module
 
 
-def wave(*shape, phase=0.0, freq=0.37):
-    """sin(freq i + phase), i the flat index, in float64 and then float32; shape as numbers or as one tuple."""
-    shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+def wave(shape, phase=0.0, freq=0.37):
+    """sin(freq i + phase), i the flat index, in float64 and then float32. shape: a tuple."""
     count = torch.Size(shape).numel()
     return torch.sin(freq * torch.arange(count, dtype=torch.float64) + phase).float().reshape(shape)
