@@ -152,6 +152,7 @@ class ImageFolder:
         self.size = size or self._common_size()
 
     def _common_size(self):
+        """The side in px that all images have; BadInput names the first that has not."""
         first = None
         for path in self.paths:
             try:
@@ -305,6 +306,7 @@ def glyph_masters(height):
 
 
 def _draw_digit(path, text, height):
+    """One master of glyph_masters: drawn about 1.5 times too high, cut to its ink, brought to its height."""
     try:
         font = ImageFont.truetype(str(path), 2 * height)
     except OSError as error:
@@ -317,7 +319,7 @@ def _draw_digit(path, text, height):
 
 @functools.lru_cache(maxsize=16)
 def glyph_draws(seed, held_out, block):
-    """Uniform random numbers for DRAWS_PER_BLOCK images. -> lists of face, digit, height, turn, right, down in [0, 1)."""
+    """Random numbers of DRAWS_PER_BLOCK images. -> lists of face, digit, height, turn, right, down, each in [0, 1)."""
     return np.random.default_rng((seed, int(held_out), block)).random((DRAWS_PER_BLOCK, 6)).tolist()
 
 

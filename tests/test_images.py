@@ -1,5 +1,6 @@
 """data.py's images: cropping, reading, npz files, and the digits drawn from fonts."""
 
+import itertools
 import pickle
 import time
 
@@ -45,6 +46,9 @@ def test_crop_halves_by_boxes_before_the_bicubic_resize():
     quarter = quarter.reshape(64, 2, 128, 2, 3).mean((1, 3))
     got = np.asarray(data.centre_crop(Image.fromarray(pixels), 64)).astype(float)
     assert abs(got - quarter[:, 32:96]).max() <= 1
+    twice = Image.fromarray(picture(128, 128)).resize((64, 64), Image.Resampling.BOX)
+    got = data.centre_crop(Image.fromarray(picture(128, 128)), 64)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(twice))
     halved = Image.fromarray(picture(300, 200)).resize((100, 150), Image.Resampling.BOX)
     expected = np.asarray(halved.resize((64, 96), Image.Resampling.BICUBIC))[16:80]
     np.testing.assert_array_equal(np.asarray(data.centre_crop(Image.fromarray(picture(300, 200)), 64)), expected)
@@ -153,20 +157,28 @@ def test_held_out_glyphs_never_meet_training():
         data.Glyphs(16, seed=2**32)
 
 
-@pytest.mark.parametrize("size", [16, 32])
-def test_glyphs_are_whole_and_varied(size):
-    glyphs, canvas = data.Glyphs(size), size * data.SUPERSAMPLE
+def test_no_stroke_leaves_the_image(monkeypatch):
+    """The largest digits, turned and shifted as far as they go: a stroke outside would be missing from the ink."""
+    faces, digits, ends = np.arange(0.5, 15) / 15, np.arange(0.5, 10) / 10, [0, 0.999]
+    draws = list(itertools.product(faces, digits, [0.999], [0, 0.5, 0.999], ends, ends))
+    monkeypatch.setattr(data, "DRAWS_PER_BLOCK", len(draws))
+    monkeypatch.setattr(data, "glyph_draws", lambda seed, held_out, block: draws)
+    glyphs, canvas = data.Glyphs(64), 64 * data.SUPERSAMPLE
     masters = data.glyph_masters(round(data.HEIGHT[1] * canvas))
-    heights = set()
-    for i in range(300):
-        face, digit, height, *_ = data.glyph_draws(0, False, i // 256)[i % 256]
-        master = masters[int(15 * face)][int(10 * digit)]
-        zoom = (0.5 + 0.25 * height) * canvas / master.height
-        ink = np.asarray(master, float).sum() * (zoom / data.SUPERSAMPLE) ** 2
-        assert glyphs[i][0].astype(float).sum() == pytest.approx(ink, rel=0.1)  # a cut stroke would be missing
-        heights.add(int(glyphs[i][0].max(1).astype(bool).sum()))
-    assert len(data.FACES) == 15 and len(heights) > size // 5
-    assert max(heights) <= size and min(heights) >= size // 2
+    for i, (face, digit, *_) in enumerate(draws):
+        ink = np.asarray(masters[int(15 * face)][int(10 * digit)], float).sum() / data.SUPERSAMPLE**2
+        assert glyphs[i][0].astype(float).sum() == pytest.approx(ink, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_glyphs_vary_in_size_and_place(size):
+    inked = data.Glyphs(size).images(range(600))[..., 0] > 64
+    tall, wide = inked.any(2).sum(1), inked.any(1).sum(1)
+    assert size * 0.4 <= tall.min() < size * 0.56 and size * 0.7 < tall.max() <= size * 0.9
+    assert wide.max() <= size * 0.8 and len(data.FACES) == 15
+    for axis in (1, 2):
+        first = inked.any(axis).argmax(1)
+        assert len(np.unique(first)) > size // 6
 
 
 def test_labels_tell_the_digit():
