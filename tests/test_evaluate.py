@@ -42,7 +42,7 @@ def close(output, entry, scale=1e-4):
 
 # --- InceptionV3 -----------------------------------------------------------------------------------------------------
 
-# pytorch-fid: (wave((2, 3, 64, 64)) + 1)/2, its resize
+# pytorch-fid: (wave(2, 3, 64, 64) + 1)/2, its resize
 TORCH = {
     "block_768": ([2, 768, 17, 17], 299.10252329967796, 755.1204195423783,
         [0.0, 0.0, 0.0, 0.0, 41.8983154296875, 0.0, 0.0, 0.0],
@@ -56,7 +56,7 @@ TORCH = {
          -356.5552673339844, -13.068414688110352, 343.20654296875, 364.2481384277344],
         [291.6155700683594, -55.06866455078125, -347.9870300292969, -301.0133056640625]),
 }  # fmt: skip
-# torch-fidelity: ((wave((2, 3, 64, 64)) + 1) * 127.5).round() as uint8, TensorFlow 1's resize, (x - 128)/128
+# torch-fidelity: ((wave(2, 3, 64, 64) + 1) * 127.5).round() as uint8, TensorFlow 1's resize, (x - 128)/128
 TF1 = {
     "resized": ([2, 3, 299, 299], 127.49915767477887, 75.14410702774825,
         [128.0, 137.84616088867188, 147.6923065185547, 157.5384521484375,
@@ -81,11 +81,11 @@ TF1 = {
 
 
 def torch_input():
-    return (wave((2, 3, 64, 64)) + 1) / 2
+    return (wave(2, 3, 64, 64) + 1) / 2
 
 
 def tf1_input():
-    return ((wave((2, 3, 64, 64)) + 1) * 127.5).round() / 255
+    return ((wave(2, 3, 64, 64) + 1) * 127.5).round() / 255
 
 
 def test_state_dict_is_the_published_one(net):
@@ -144,7 +144,7 @@ def test_comparison_sees_what_is_broken(net, monkeypatch, broken):
 
 @pytest.mark.parametrize("height, width", [(100, 32), (299, 640), (256, 17)])
 def test_resizes_agree_with_loops_at_other_sizes(height, width):
-    x = wave((1, 1, height, width))
+    x = wave(1, 1, height, width)
     places = {"tf1": lambda i, size: i * size / 299, "torch": lambda i, size: max((i + 0.5) * size / 299 - 0.5, 0.0)}
     for resize, place in places.items():
         got = evaluate.to_inception((x.expand(1, 3, -1, -1) + 1) / 2, resize)[0, 1]
@@ -160,7 +160,7 @@ def test_resizes_agree_with_loops_at_other_sizes(height, width):
 
 
 def test_folded_norm_is_the_plain_one_in_any_mode(net):
-    block, x = net.Mixed_5b.branch3x3dbl_2, wave((2, 64, 9, 9))
+    block, x = net.Mixed_5b.branch3x3dbl_2, wave(2, 64, 9, 9)
     plain = F.relu(block.bn.eval()(F.conv2d(x, block.conv.weight, padding=1)))
     for mode in (True, False):
         torch.testing.assert_close(block.train(mode)(x), plain, rtol=1e-5, atol=1e-5)
@@ -263,7 +263,7 @@ def test_moments_are_numpys_whatever_the_batches():
 
 
 def test_inception_score():
-    logits = 4 * wave((1000, 12), freq=1.3)
+    logits = 4 * wave(1000, 12, freq=1.3)
     assert evaluate.inception_score(logits) == pytest.approx(2.7767205468049116, rel=1e-6)  # ADM's formula, one split
     assert evaluate.inception_score(torch.zeros(30, 12)) == pytest.approx(1)
     assert evaluate.inception_score(1e3 * torch.eye(12)) == pytest.approx(12)  # surely one class each, all classes
@@ -307,7 +307,7 @@ class FakeNet(torch.nn.Module):
         FakeNet.calls += 1
         few = F.adaptive_avg_pool2d(images, 4).flatten(1) * (1 if resize == "tf1" else 0.9)  # (B, 48)
         dims = {"pool": 32, "spatial": 24, "logits": 10, "logits_no_bias": 10}
-        return {name: torch.cos(few @ wave((48, dim), freq=1.7) + wave((dim,))) for name, dim in dims.items()}
+        return {name: torch.cos(few @ wave(48, dim, freq=1.7) + wave(dim)) for name, dim in dims.items()}
 
 
 @pytest.fixture
