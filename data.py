@@ -1,21 +1,101 @@
-"""Everything that is drawn, read or written: 2D densities, randomness, and the run folder.
+"""Everything that is drawn, read or written: densities, images, randomness, and the folder of a run.
 
-Densities come as a `Density`: how to draw points, and which part of the support a point lies in, so that a sample can be
-judged without a distance to tune. Randomness is a function of (seed, stream, step), never of history: the same step of
-the same run draws the same numbers, whatever ran before it. A run folder holds all that a run leaves behind.
+    Density      points in the plane: how to draw them, and which part of the support a point lies in
+    Glyphs       digits 0-9 drawn with the fonts that matplotlib ships: nothing to download, endless, seeded
+    ImageFolder  a tree with one folder per class (ImageNet's train/<wnid>/*.JPEG, or any other), centre-cropped
+    NpzImages    one .npz file in the format of ADM's evaluator: `arr_0`, uint8 (N, H, W, C)
+    RunFolder    runs/<name>/: all that a run leaves behind, written whole or not at all
+
+Images are uint8 (H, W, C), C = 3 (RGB) or 1 (grey). Every source of them has `size`, `channels`, `len()`, and
+`images(indices) -> uint8 (B, H, W, C)`. Randomness is a function of (seed, stream, step), never of history: the same step
+of the same run draws the same numbers, whatever ran before it. What a user hands over and nobody can use raises BadInput.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+import argparse
+import functools
 import hashlib
 import json
 import math
 import os
+from pathlib import Path
 import sys
 import time
-from pathlib import Path
 from typing import Callable, NamedTuple
+import zipfile
+import zlib
 
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 import torch
 from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What users hand over, and files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class BadInput(ValueError):
+    """What the user handed over cannot be used: one sentence with the value and the remedy. Scripts exit with 2 on it."""
+
+
+def sha256_file(path):
+    """Hexadecimal sha256 of a file of any size. BadInput if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}).") from error
+    return digest.hexdigest()
+
+
+def read_json(path):
+    """Contents of a JSON file; BadInput that names it if it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read as JSON ({error}).") from error
+
+
+def write_whole(path, write):
+    """Call write(file) on a file beside `path`, flush it to the disk, then rename: `path` is old or new, never half."""
+    beside = path.with_name(path.name + ".partial")
+    with open(beside, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path, value):
+    """Write a JSON file that is never seen half-written."""
+    write_whole(Path(path), lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
+
+
+def stamp(path):
+    """A file's name, size and time of change: enough to see that it is still the same."""
+    status = os.stat(path)
+    return [str(Path(path).resolve()), status.st_size, status.st_mtime_ns]
+
+
+def whole_number(low, high=2**31):
+    """A type for argparse: whole numbers in low .. high."""
+
+    def parse(text):
+        if not text.lstrip("-").isdigit() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number in {low:,} .. {high:,}")
+        return int(text)
+
+    return parse
+
+
+def progress(items, label):
+    """A tqdm bar over `items`, gone when done; a plain line now and then where nobody looks at a terminal."""
+    return tqdm(items, desc=label, leave=False, mininterval=0.2 if sys.stderr.isatty() else 30)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Randomness
@@ -170,33 +250,329 @@ DENSITIES = {"checkerboard": _checkerboard, "spirals": _spirals, "rings": _rings
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run folder
+# Between bytes and the networks' range.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# PRIOR: DiT's sampling script. Other code rounds (x + 1)/2 * 255, which darkens by half a grey level on average.
+UINT8_RULE = "clamp(127.5 x + 128, 0, 255), truncated"
+
+
+def to_float(images):
+    """uint8 (B, H, W, C), numpy -> float32 tensor (B, C, H, W) in [-1, 1], the range that the networks see."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """Tensor (B, C, H, W) in [-1, 1] -> numpy uint8 (B, H, W, C) by UINT8_RULE; undoes `to_float` exactly."""
+    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder of images
+# ---------------------------------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError)
+
+
+def read_image(path, size=None, channels=3):
+    """Read one image file, centre-cropped where a size is given. -> uint8 (H, W, channels).
+
+    Raises BadInput that names the file if it is truncated, no image, or not 8 bits deep."""
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):
+                raise BadInput(f"{path} holds {file.mode} pixels; only images of 8 bits per channel are read.")
+            image = file.convert("RGB" if channels == 3 else "L")
+    except BadInput:
+        raise
+    except READ_ERRORS as error:
+        raise BadInput(f"{path} cannot be read as an image ({error}).") from error
+    pixels = np.asarray(centre_crop(image, size) if size else image)
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def centre_crop(image, size):
+    """The middle size x size pixels of a PIL image whose short side is first brought down (or up) to `size`.
+
+    PRIOR: ADM (Dhariwal & Nichol, arXiv 2105.05233). Halvings by a box filter while the short side is still at least
+    twice too long, then one bicubic resize: plain bicubic from a photo's size would be slower and alias less evenly.
+    ImageNet statistics in the literature are of images cropped by this very rule."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def list_images(root):
+    """All image files below a folder, sorted by path; a dot before a name hides it. BadInput if there is none."""
+    root = Path(root)
+    if not root.is_dir():
+        raise BadInput(f"{root} is not a folder.")
+    paths = [Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names]
+    paths = sorted(p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    if not paths:
+        raise BadInput(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    return paths
+
+
+class ImageFolder:
+    """Images of a tree with one folder per class; labels (N,) int64 are places in the sorted names of those folders.
+
+    A folder without sub-folders is one class. `size` px: centre-crop every image to it; None: take the images as they
+    are, which must then all have one size (only their headers are read for that, 10,000 in a second).
+    Raises BadInput: no images; images beside class folders; sizes that differ."""
+
+    def __init__(self, root, size=None, channels=3):
+        self.paths = list_images(root)
+        folders = ["".join(p.relative_to(root).parts[:-1][:1]) for p in self.paths]  # "": directly in the root
+        self.classes = sorted(set(folders))
+        if "" in self.classes and len(self.classes) > 1:
+            stray = self.paths[folders.index("")]
+            raise BadInput(f"{stray} lies beside folders of classes; move it into one, or away.")
+        place = {name: i for i, name in enumerate(self.classes)}
+        self.labels = np.array([place[name] for name in folders])
+        self.channels, self.crop = channels, size
+        self.size = size or self._common_size()
+
+    def _common_size(self):
+        """The side in px that all images have; BadInput names the first that has not."""
+        first = None
+        for path in self.paths:
+            try:
+                with Image.open(path) as file:
+                    size = file.size
+            except READ_ERRORS as error:
+                raise BadInput(f"{path} cannot be read as an image ({error}).") from error
+            first = first or size
+            if size != first:
+                raise BadInput(f"{path} is {size[0]} x {size[1]} px, the images before it {first[0]} x {first[1]} px.")
+        if first[0] != first[1]:
+            raise BadInput(f"{self.paths[0]} is {first[0]} x {first[1]} px; only square images are scored.")
+        return first[0]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def identity(self):
+        """What these images depend on, for JSON: the state of every file, and the crop."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(json.dumps(stamp(path)).encode())
+        return [digest.hexdigest(), self.crop, self.channels]
+
+    def images(self, indices):
+        """uint8 (len(indices), size, size, channels), decoded by several threads."""
+        read = functools.partial(read_image, size=self.crop, channels=self.channels)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes outside of Python's lock
+            return np.stack(list(pool.map(read, [self.paths[i] for i in indices])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images in one npz file: what ADM's evaluator reads. Read and written piece by piece, since 50,000 images of 256 px
+# are 10 GB, which np.load and np.savez would hold in memory.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def progress(items, label):
-    """A tqdm bar over `items`, gone when done; a plain line now and then where nobody looks at a terminal."""
-    return tqdm(items, desc=label, leave=False, mininterval=0.2 if sys.stderr.isatty() else 30)
+class NpzImages:
+    """`arr_0` of an .npz file, uint8 (N, H, W, C) with H = W and C = 3 or 1. Raises BadInput on anything else."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            self._file = zipfile.ZipFile(path).open("arr_0.npy")
+            version = np.lib.format.read_magic(self._file)
+            first = version == (1, 0)
+            read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read_header(self._file)
+        except KeyError as error:
+            raise BadInput(f"{path} has no array `arr_0` with images.") from error
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise BadInput(f"{path} cannot be read as an npz file ({error}).") from error
+        if dtype.hasobject:
+            raise BadInput(f"{path} holds pickled objects, which are not read: they can run any program.")
+        if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] not in (1, 3) or fortran:
+            raise BadInput(f"{path} holds arr_0 as {dtype} {shape}; images must be uint8 (N, H, H, 3) or (N, H, H, 1).")
+        if shape[0] == 0:
+            raise BadInput(f"{path} holds no images.")
+        self.shape, self._start = shape, self._file.tell()
+        self.size, self.channels = shape[1], shape[3]
+
+    def __len__(self):
+        return self.shape[0]
+
+    def identity(self):
+        """What these images depend on, for JSON."""
+        return stamp(self.path)
+
+    def images(self, indices):
+        """uint8 (len(indices), size, size, channels). Ascending indices are read in one pass over the file."""
+        bytes_each = self.size * self.size * self.channels
+        images = np.empty((len(indices), *self.shape[1:]), np.uint8)
+        try:
+            for image, i in zip(images, indices):
+                self._file.seek(self._start + int(i) * bytes_each)
+                image[:] = np.frombuffer(self._file.read(bytes_each), np.uint8).reshape(image.shape)
+        except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise BadInput(f"{self.path} is damaged or cut off at image {int(i)} ({error}).") from error
+        return images
 
 
-class UserError(ValueError):
-    """A mistake that its reader can mend: one sentence with the value and the remedy. Scripts print it and exit with 2."""
+def read_statistics(path, named):
+    """Means and covariances out of an npz: ADM's (mu, sigma, mu_s, sigma_s, arr_0) or pytorch-fid's (mu, sigma).
+
+    named: {feature: (name of the mean, name of the covariance, dimension d)}.
+    -> {feature: (mean (d,), covariance (d, d))} in float64, for the features that the file holds; and NpzImages of its
+    arr_0, or None. Raises BadInput: no npz, pickled, NaN, another dimension, a mean without its covariance."""
+    stats = {}
+    try:
+        zipfile.ZipFile(path).close()  # np.load takes other formats too, and answers them in other ways
+        with np.load(path, allow_pickle=False) as file:
+            keys = file.files
+            for feature, (mu, sigma, dim) in named.items():
+                if mu not in keys and sigma not in keys:
+                    continue
+                stats[feature] = file[mu].astype(np.float64), file[sigma].astype(np.float64)
+                shapes = tuple(a.shape for a in stats[feature])
+                if shapes != ((dim,), (dim, dim)):
+                    raise BadInput(f"{path} holds {mu} {shapes[0]} and {sigma} {shapes[1]}, not of {dim} dimensions.")
+                if not all(np.isfinite(a).all() for a in stats[feature]):
+                    raise BadInput(f"{path} holds NaN or infinity in {mu} or {sigma}.")
+    except BadInput:
+        raise
+    except KeyError as error:
+        raise BadInput(f"{path} holds one of {mu}, {sigma} without the other.") from error
+    except (*READ_ERRORS, zipfile.BadZipFile) as error:
+        raise BadInput(f"{path} cannot be read as an npz file of plain arrays ({error}).") from error
+    return stats, NpzImages(path) if "arr_0" in keys else None
 
 
-def write_whole(path, write):
-    """Call write(file) on a file beside `path`, flush it to the disk, then rename: `path` is old or new, never half."""
-    beside = path.with_name(path.name + ".partial")
-    with open(beside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+def write_npz(path, source, batch=256):
+    """Write all images of a source into an npz in ADM's format, `arr_0` uint8 (N, H, W, 3); grey becomes RGB.
+
+    The file appears under its name only when it is whole."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(source), source.size, source.size, 3)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, len(source), batch):
+                images = source.images(range(start, min(start + batch, len(source))))
+                file.write(np.repeat(images, 3 // source.channels, axis=3).tobytes())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Glyphs: digits drawn from fonts. A data set of thin strokes, in which lost detail is seen at once, for a laptop.
+# ---------------------------------------------------------------------------------------------------------------------
+
+FACES = (  # OURS: the text faces among matplotlib's fonts; the others hold symbols, or repeat these in another slant
+    "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
+    "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
+    "cmr10", "cmb10", "cmss10", "cmtt10",
+)  # fmt: skip
+SUPERSAMPLE = 4  # drawn 4 times too large, then averaged: anti-aliasing of strokes that are 1 px wide
+HEIGHT = (0.5, 0.75)  # TRY: lowest and greatest height of a digit, as a share of the image
+MAX_TURN = 15.0  # degrees, either way; more would bring 6 and 9 near to each other
+MAX_SHIFT = 0.125  # of the image, either way, and never so far that a stroke leaves the image
+DRAWS_PER_BLOCK = 256  # random numbers come in blocks, because seeding a generator takes longer than drawing from it
+
+
+@functools.lru_cache(maxsize=4)
+def glyph_masters(height):
+    """All digits of all faces, `height` px high and cut to their ink. -> PIL images, [face][digit]."""
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    return [[_draw_digit(folder / f"{face}.ttf", str(digit), height) for digit in range(10)] for face in FACES]
+
+
+def _draw_digit(path, text, height):
+    """One master of glyph_masters: drawn about 1.5 times too high, cut to its ink, brought to its height."""
+    try:
+        font = ImageFont.truetype(str(path), 2 * height)
+    except OSError as error:
+        raise BadInput(f"{path} is missing: glyphs are drawn with the fonts of the matplotlib package.") from error
+    canvas = Image.new("L", (4 * height, 4 * height))
+    ImageDraw.Draw(canvas).text((height, height), text, fill=255, font=font)
+    ink = canvas.crop(canvas.getbbox())
+    return ink.resize((max(1, round(ink.width * height / ink.height)), height), Image.Resampling.LANCZOS)
+
+
+@functools.lru_cache(maxsize=16)
+def glyph_draws(seed, held_out, block):
+    """Random numbers of DRAWS_PER_BLOCK images. -> lists of face, digit, height, turn, right, down, each in [0, 1)."""
+    return np.random.default_rng((seed, int(held_out), block)).random((DRAWS_PER_BLOCK, 6)).tolist()
+
+
+class Glyphs:
+    """Digits 0-9, white on black, uint8 (size, size, 1): an endless data set. Image i is a function of (seed, i) alone.
+
+    Face, digit, height, turn (+-15 degrees) and shift are uniform and independent. `held_out=True` is another stream of
+    random numbers, for evaluation: no training stream, whatever its seed, shares a draw with it.
+    size: 16 or 32 px (any even number from 8 on works). seed: 0 .. 2^32 - 1. length: what len() answers, for users that
+    need an end; images go on behind it. Raises ValueError on other sizes and seeds."""
+
+    channels = 1
+
+    def __init__(self, size=16, seed=0, held_out=False, length=None):
+        if size < 8 or size % 2:
+            raise ValueError(f"glyphs have an even size of at least 8 px, not {size}")
+        if not 0 <= seed < 2**32:  # a longer seed would spill into the next word of the generator's key, the stream
+            raise ValueError(f"the seed must lie in 0 .. 2^32 - 1, not {seed}")
+        self.size, self.seed, self.held_out, self.length = size, seed, held_out, length
+
+    def __len__(self):
+        if self.length is None:
+            raise TypeError("glyphs have no end; give them a length")
+        return self.length
+
+    def __getitem__(self, index):
+        """-> image uint8 (size, size, 1), label int."""
+        block, row = divmod(int(index), DRAWS_PER_BLOCK)
+        face, digit, height, turn, right, down = glyph_draws(self.seed, self.held_out, block)[row]
+        canvas, label = self.size * SUPERSAMPLE, int(10 * digit)
+        master = glyph_masters(round(HEIGHT[1] * canvas))[int(len(FACES) * face)][label]  # only ever zoomed out
+        zoom = (HEIGHT[0] + (HEIGHT[1] - HEIGHT[0]) * height) * canvas / master.height
+        angle = np.deg2rad(MAX_TURN * (2 * turn - 1))
+        c, s = np.cos(angle), np.sin(angle)
+        half_w, half_h = zoom * master.width / 2, zoom * master.height / 2
+        room_x = min(MAX_SHIFT * canvas, max(0.0, canvas / 2 - abs(c) * half_w - abs(s) * half_h))
+        room_y = min(MAX_SHIFT * canvas, max(0.0, canvas / 2 - abs(s) * half_w - abs(c) * half_h))
+        x, y = canvas / 2 + room_x * (2 * right - 1), canvas / 2 + room_y * (2 * down - 1)
+        # Pillow asks where in the master a pixel (px, py) of the canvas comes from: turn back, zoom back.
+        a, b = c / zoom, s / zoom
+        affine = (a, b, master.width / 2 - a * x - b * y, -b, a, master.height / 2 + b * x - a * y)
+        image = master.transform((canvas, canvas), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+        return np.asarray(image.reduce(SUPERSAMPLE))[:, :, None], label
+
+    def batch(self, indices):
+        """-> images uint8 (B, size, size, 1), labels int64 (B,)."""
+        images, labels = zip(*(self[i] for i in indices))
+        return np.stack(images), np.array(labels)
+
+    def identity(self):
+        """What these images depend on, for JSON."""
+        return ["glyphs", self.size, self.seed, self.held_out, matplotlib.__version__]
+
+    def images(self, indices):
+        """uint8 (len(indices), size, size, 1)."""
+        return self.batch(indices)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class RunFolder:
     """runs/<name>/: config.json, metrics.csv, results.json, pictures, and one checkpoint for each finished stage.
 
-    Made, with its parents, if it is not there. Raises UserError if the path is a file or can't be written, if the folder
+    Made, with its parents, if it is not there. Raises BadInput if the path is a file or can't be written, if the folder
     holds something that is no run, or a run of another configuration: nothing is overwritten.
     """
 
@@ -206,23 +582,20 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"can't make the run folder {self.path} ({error.strerror}): name another with --out") from None
+            raise BadInput(f"can't make the run folder {self.path} ({error.strerror}): name another with --out") from None
         there = self.path / "config.json"
         if there.exists():
-            try:
-                old = json.loads(there.read_text())
-            except (OSError, ValueError):
-                raise UserError(f"{there} can't be read: name another folder with --out, or remove this one") from None
+            old = read_json(there)
             changed = [key for key in sorted(old.keys() | config.keys()) if old.get(key) != config.get(key)]
             if changed:
                 was = ", ".join(f"{key} = {old.get(key)!r} there and {config.get(key)!r} now" for key in changed)
-                raise UserError(f"{self.path} holds a run of another configuration ({was}): name another folder with --out")
+                raise BadInput(f"{self.path} holds a run of another configuration ({was}): name another folder with --out")
         elif any(self.path.iterdir()):
-            raise UserError(f"{self.path} is no run folder, but it is not empty: name another folder with --out")
+            raise BadInput(f"{self.path} is no run folder, but it is not empty: name another folder with --out")
         try:
-            write_whole(there, lambda file: file.write(json.dumps(config, indent=1).encode()))
+            write_json(there, config)
         except OSError as error:
-            raise UserError(f"can't write to the run folder {self.path} ({error.strerror}): name another with --out") from None
+            raise BadInput(f"can't write to the run folder {self.path} ({error.strerror}): name another with --out") from None
 
     def read(self, path):
         """A stage's dict, or None with a warning where the file is damaged."""
@@ -254,7 +627,3 @@ class RunFolder:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         lines = [",".join(columns)] + [",".join(str(row.get(key, "")) for key in columns) for row in rows]
         write_whole(self.path / "metrics.csv", lambda file: file.write("\n".join(lines).encode() + b"\n"))
-
-    def write_results(self, rows):
-        """All rows (dicts) to results.json."""
-        write_whole(self.path / "results.json", lambda file: file.write(json.dumps(rows, indent=1).encode() + b"\n"))

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from awd import AdaptiveWeightedDiscriminator
-from data import DENSITIES, RunFolder, UserError, progress, rng
+from data import DENSITIES, BadInput, RunFolder, progress, rng, whole_number, write_json
 from dmd_refine import refine
 from meanflow_td import (flow_matching_loss, meanflow_target, sample, sample_ode, student_objective, teacher_objective,
                          train)
@@ -432,7 +432,7 @@ def report(run, judge, plan, seed):
     """results.json, metrics.csv, pictures and closing tables of all that the run folder holds; the story is one seed's."""
     states = run.stages()
     results = [state["result"] for state in states.values()]
-    run.write_results(results)
+    write_json(run.path / "results.json", results)
     run.write_metrics([row for state in states.values() for row in state["rows"]])
     pictures = []
     if f"seed{seed}-dmd-awd" in states:  # the story's last stage
@@ -459,29 +459,18 @@ def report(run, judge, plan, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def at_least(low):
-    """An argparse type: an integer not below `low`."""
-
-    def integer(text):
-        if not text.lstrip("-").isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"an integer of at least {low} is needed, not {text!r}")
-        return int(text)
-
-    return integer
-
-
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=DENSITIES, default="checkerboard", help="2D density (default: %(default)s)")
-    parser.add_argument("--seeds", type=at_least(1), default=1, help="how many seeds to run (default: %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="the first of them (default: %(default)s)")
+    parser.add_argument("--seeds", type=whole_number(1), default=1, help="how many seeds to run (default: %(default)s)")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="the first of them (default: %(default)s)")
     parser.add_argument("--out", help="run folder (default: runs/toy2d, and for other data or plans runs/toy2d-...)")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="everything, small: to see that it works, not how well")
     parser.add_argument("--unify", action="store_true",
                         help="instead of the story: consistency, progressive and MeanFlow distillation side by side")  # fmt: skip
     for name, what in [("teacher", "of the teacher"), ("td", "of stage 1"), ("refine", "of stage 2")]:
-        parser.add_argument(f"--{name}-steps", type=at_least(1),
+        parser.add_argument(f"--{name}-steps", type=whole_number(1),
                             help=f"updates {what} (default: {PLANS['default'][f'{name}_steps']})")  # fmt: skip
     args = parser.parse_args(arguments)
     try:
@@ -502,7 +491,7 @@ def main(arguments=None):
             judge = Judge(DENSITIES[args.data](), plan["samples"], torch.device(args.device))
             (unify if args.unify else tell_story)(run, judge, plan, seed, torch.device(args.device))
         report(run, judge, plan, args.seed)
-    except UserError as error:
+    except BadInput as error:
         parser.exit(2, f"toy2d.py: {error}\n")
     except FloatingPointError as error:
         parser.exit(3, f"toy2d.py: {error}\n")

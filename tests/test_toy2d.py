@@ -99,11 +99,11 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("arguments, sentence", [
     (["--data", "moons"], "invalid choice: 'moons'"),
-    (["--td-steps", "-5"], "an integer of at least 1 is needed, not '-5'"),
-    (["--refine-steps", "0"], "an integer of at least 1 is needed, not '0'"),
-    (["--teacher-steps", "many"], "an integer of at least 1 is needed, not 'many'"),
-    (["--seeds", "0"], "an integer of at least 1 is needed, not '0'"),
-    (["--seed", "-1"], "an integer of at least 0 is needed, not '-1'"),
+    (["--td-steps", "-5"], "'-5' is not a whole number in 1"),
+    (["--refine-steps", "0"], "'0' is not a whole number in 1"),
+    (["--teacher-steps", "many"], "'many' is not a whole number in 1"),
+    (["--seeds", "0"], "'0' is not a whole number in 1"),
+    (["--seed", "-1"], "'-1' is not a whole number in 0"),
     (["--device", "warp"], "--device warp can't be used here"),
     (["--out", "FILE"], "can't make the run folder"),
     (["--out", "FILE/below"], "can't make the run folder"),

@@ -8,7 +8,7 @@ from helpers import broken
 
 import data
 import toy2d
-from data import DENSITIES, GaussianMixture, RunFolder, UserError, rng
+from data import DENSITIES, BadInput, GaussianMixture, RunFolder, rng
 from models import VelocityMLP, add_noise, eps_from_velocity, frozen_copy, score_from_velocity, update_ema, x0_from_velocity
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,15 +225,15 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 def test_run_folders_that_can_not_be_used(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="file .*--out"):
+    with pytest.raises(BadInput, match="file .*--out"):
         RunFolder(tmp_path / "file", {})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="no run folder.*--out"):
+    with pytest.raises(BadInput, match="no run folder.*--out"):
         RunFolder(tmp_path / "other", {})
     RunFolder(tmp_path / "run", {"data": "rings", "sizes": (1, 2)})
     RunFolder(tmp_path / "run", {"data": "rings", "sizes": (1, 2)})  # the same again is fine
-    with pytest.raises(UserError, match="data = 'rings' there and 'spirals' now"):
+    with pytest.raises(BadInput, match="data = 'rings' there and 'spirals' now"):
         RunFolder(tmp_path / "run", {"data": "spirals", "sizes": (1, 2)})
     assert "rings" in (tmp_path / "run" / "config.json").read_text()
     assert sorted(p.name for p in (tmp_path / "other").iterdir()) == ["thesis.tex"]
