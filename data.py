@@ -13,8 +13,10 @@ of the same run draws the same numbers, whatever ran before it. What a user hand
 
 from concurrent.futures import ThreadPoolExecutor
 import argparse
+import csv
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -624,6 +626,9 @@ class RunFolder:
 
     def write_metrics(self, rows):
         """All rows (dicts) to metrics.csv; a column for every key, empty where a row does not have it."""
+        text = io.StringIO()
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        lines = [",".join(columns)] + [",".join(str(row.get(key, "")) for key in columns) for row in rows]
-        write_whole(self.path / "metrics.csv", lambda file: file.write("\n".join(lines).encode() + b"\n"))
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path / "metrics.csv", lambda file: file.write(text.getvalue().encode()))

@@ -139,7 +139,7 @@ def uniform(low, high, n, generator):
 
 
 def refine(student, teacher, draw, *, discriminator=None, steps, batch, seed, stream, taps=(), lambda_adv=0.1,
-           lr=1e-3, lr_fake=1e-3, lr_discriminator=1e-3, fake_updates=2, log_every=100):  # fmt: skip
+           lr=3e-3, lr_fake=2e-3, lr_discriminator=1e-3, fake_updates=2, log_every=100):  # fmt: skip
     """Train the student in place by L_G, with its two helpers; return its average network (EMA) and rows for metrics.csv.
 
     student: two times, from stage 1 (or from random weights, for the control). teacher: frozen, see `generator_loss`.

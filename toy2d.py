@@ -48,7 +48,7 @@ POINTS = 5000  # samples kept for the pictures
 
 # `td_steps` + `refine_steps` updates is what every student gets, in whichever way it spends them.
 PLANS = {
-    "default": dict(widths=(24, 32, 64, 128, 192, 256), teacher_steps=6000, td_steps=3000, refine_steps=3000,
+    "default": dict(widths=(24, 32, 48, 64, 128, 256), teacher_steps=6000, td_steps=3000, refine_steps=3000,
                     unify_steps=3000, unify_rounds=6, unify_widths=(24, 64, 128), samples=100_000, ode_steps=100),
     "quick": dict(widths=(8, 16, 24, 32, 48, 64), teacher_steps=300, td_steps=100, refine_steps=100,
                   unify_steps=60, unify_rounds=3, unify_widths=(8, 16), samples=4000, ode_steps=20),
@@ -123,23 +123,28 @@ def student_network(seed, width, device):
     return new_network(seed, f"student {width}", lambda: VelocityMLP(2, width, DEPTH, two_times=True)).to(device)
 
 
+def new_result(what, seed, *, part="story", width=0, parameters=0, updates=0, nfe=0, seconds=0.0, **measures):
+    """A row of results.json: what was run, its seed, its calls of a network for one sample (nfe), and its measures."""
+    return {"part": part, "what": what, "seed": seed, "width": width, "parameters": parameters, "updates": updates,
+            "nfe": nfe, **measures, "seconds": round(seconds, 1)}  # fmt: skip
+
+
 class Stages:
     """One seed's networks: each is trained, judged and kept in the run folder, or found there."""
 
     def __init__(self, run, judge, seed):
         self.run, self.judge, self.seed = run, judge, seed
 
-    def __call__(self, name, what, net, fit, *, updates, sampler=sample, calls=1, part="story"):
-        """The average network after fit(net) -> (ema, rows), in the place of `net`; its measures go to the run folder."""
+    def __call__(self, name, what, net, fit, *, updates, sampler=sample, part="story"):
+        """`net` with the weights of the average network after fit(net) -> (ema, rows); its measures are kept."""
 
         def compute():
             start = time.perf_counter()
             ema, rows = fit(net)
             seconds = time.perf_counter() - start
             x = in_blocks(partial(sampler, ema), self.judge.eps)
-            result = {"part": part, "what": what, "seed": self.seed, "width": net.out.in_features,
-                      "parameters": count_parameters(net), "updates": updates, "nfe": calls,
-                      **self.judge(x), "seconds": round(seconds, 1)}  # fmt: skip
+            result = new_result(what, self.seed, part=part, width=net.out.in_features, parameters=count_parameters(net),
+                                updates=updates, nfe=1, seconds=seconds, **self.judge(x))  # fmt: skip
             return {"net": ema.state_dict(), "rows": rows, "result": result, "points": x[:POINTS].cpu()}
 
         state = self.run.stage(f"seed{self.seed}-{name}", compute)
@@ -152,17 +157,15 @@ def train_teacher(run, judge, plan, seed, device):
     net = new_network(seed, "teacher", lambda: VelocityMLP(2, TEACHER_WIDTH, DEPTH)).to(device)
 
     def compute():
-        start = time.perf_counter()
-        ema, rows = train(net, judge.density.draw, teacher_objective, steps=plan["teacher_steps"], batch=TEACHER_BATCH, lr=LR_TEACHER,
+        start, updates, steps = time.perf_counter(), plan["teacher_steps"], plan["ode_steps"]
+        ema, rows = train(net, judge.density.draw, teacher_objective, steps=updates, batch=TEACHER_BATCH, lr=LR_TEACHER,
                           seed=seed, stream="teacher")  # fmt: skip
         seconds = time.perf_counter() - start
-        steps = plan["ode_steps"]
         judge.x_teacher = in_blocks(partial(sample_ode, ema, steps=steps), judge.eps)
         coarse = in_blocks(partial(sample_ode, ema, steps=steps // 2), judge.eps)
-        replay_floor = (coarse - judge.x_teacher).square().sum(dim=1).mean().item()
-        result = {"part": "story", "what": "teacher", "seed": seed, "width": TEACHER_WIDTH,
-                  "parameters": count_parameters(net), "updates": plan["teacher_steps"], "nfe": 2 * steps,
-                  **judge(judge.x_teacher), "replay_error": replay_floor, "seconds": round(seconds, 1)}  # fmt: skip
+        measures = judge(judge.x_teacher) | {"replay_error": judge(coarse)["replay_error"]}
+        result = new_result("teacher", seed, width=TEACHER_WIDTH, parameters=count_parameters(net), updates=updates,
+                            nfe=2 * steps, seconds=seconds, **measures)  # fmt: skip
         return {"net": ema.state_dict(), "rows": rows, "result": result, "points": judge.x_teacher.cpu()}
 
     state = run.stage(f"seed{seed}-teacher", compute)
@@ -173,18 +176,15 @@ def train_teacher(run, judge, plan, seed, device):
 
 def judge_fresh_data(run, judge, seed):
     """A row for another draw of the data: how good a perfect sampler would look."""
-
-    def compute():
-        x = judge.density.draw(len(judge.eps), rng(seed, "fresh data", 0, judge.eps.device))
-        result = {"part": "story", "what": "data against data", "seed": seed, "width": 0, "parameters": 0, "updates": 0,
-                  "nfe": 0, **judge(x), "seconds": 0.0}  # fmt: skip
-        return {"rows": [], "result": result}
-
-    run.stage(f"seed{seed}-data", compute)
+    fresh = partial(judge.density.draw, len(judge.eps), rng(seed, "fresh data", 0, judge.eps.device))
+    run.stage(f"seed{seed}-data", lambda: {"rows": [], "result": new_result("data against data", seed, **judge(fresh()))})
 
 
-def tell_story(run, judge, plan, seed, device):
-    """Teacher, bottleneck, refinement and controls for one seed; the results stay in the run folder."""
+def tell_story(run, judge, plan, seed, device, first=True):
+    """Teacher, bottleneck, refinement and controls for one seed; the results stay in the run folder.
+
+    first: of the seeds, which alone shows that twice the training would not help the largest student much.
+    """
     judge_fresh_data(run, judge, seed)
     teacher = train_teacher(run, judge, plan, seed, device)
     stages = Stages(run, judge, seed)
@@ -192,14 +192,15 @@ def tell_story(run, judge, plan, seed, device):
     draw = judge.density.draw
 
     def distill(name, what, width, steps):
-        objective = partial(student_objective, teacher=teacher)
-        fit = partial(train, draw=draw, objective=objective, steps=steps, batch=BATCH, lr=LR_TD, seed=seed, stream=name)
+        fit = partial(train, draw=draw, objective=partial(student_objective, teacher=teacher), steps=steps, batch=BATCH,
+                      lr=LR_TD, seed=seed, stream=name)  # fmt: skip
         return stages(name, what, student_network(seed, width, device), fit, updates=steps)
 
     # --- the bottleneck: every size gets the updates of both stages ---
     for width in plan["widths"]:
         distill(f"td-{width}", "TD", width, td_steps + refine_steps)
-    distill("td-largest-twice", "TD, trained twice as long", plan["widths"][-1], 2 * (td_steps + refine_steps))
+    if first:
+        distill("td-largest-twice", "TD, trained twice as long", plan["widths"][-1], 2 * (td_steps + refine_steps))
 
     # --- the way past it: half of the updates for each stage ---
     start = distill("td-start", "TD, first half only", HD_WIDTH, td_steps)
@@ -282,18 +283,22 @@ def progressive_objective(net, x_0, eps, generator, *, previous, h):
     return loss, {"raw_error": err.mean()}
 
 
-def distill_progressively(net, draw, *, teacher, rounds, steps, **settings):
+def distill_progressively(net, draw, *, teacher, rounds, steps, stream, **settings):
     """`rounds` halvings, from 2^rounds Euler steps of the teacher to one, sharing `steps` updates; as `train` returns."""
     rows, previous = [], teacher
     for k in range(rounds):
         objective = partial(progressive_objective, previous=previous, h=2.0 ** (k - rounds))
         share = (k + 1) * steps // rounds - k * steps // rounds
-        settings["stream"] = f"{settings['stream'].split(', round')[0]}, round {k + 1}"
-        ema, more = train(net, draw, objective, steps=share, **settings)
+        previous, more = train(net, draw, objective, steps=share, stream=f"{stream}-round-{k + 1}", **settings)
+        net.load_state_dict(previous.state_dict())  # the next round's student starts from this round's
         rows += more
-        net.load_state_dict(ema.state_dict())  # the next round's student starts from this round's
-        previous = ema
-    return ema, rows
+    return previous, rows
+
+
+@torch.no_grad()
+def one_time_sample(net, eps):
+    """x_0 = eps - u(eps, 0, 1) for a network whose one time is t, and whose r is always 0."""
+    return eps - net(eps, t=eps.new_ones(len(eps)))
 
 
 def unify(run, judge, plan, seed, device):
@@ -305,9 +310,6 @@ def unify(run, judge, plan, seed, device):
     teacher = train_teacher(run, judge, plan, seed, device)
     stages = Stages(run, judge, seed)
     settings = dict(steps=plan["unify_steps"], batch=BATCH, lr=LR_TD, seed=seed)
-
-    def one_time_sample(net, eps):  # one call at t = 1, of a network that has no r
-        return eps - net(eps, t=eps.new_ones(len(eps)))
 
     for width in plan["unify_widths"]:
         one_time = partial(new_network, seed, f"student {width}", partial(VelocityMLP, 2, width, DEPTH))
@@ -322,7 +324,7 @@ def unify(run, judge, plan, seed, device):
         for road, (net, sampler, fit) in roads.items():
             stream = f"unify-{road}-{width}"
             fit = partial(fit, draw=judge.density.draw, stream=stream, **settings)
-            stages(stream, road, net, fit, updates=plan["unify_steps"], sampler=torch.no_grad()(sampler), part="unify")
+            stages(stream, road, net, fit, updates=plan["unify_steps"], sampler=sampler, part="unify")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,9 +489,13 @@ def main(arguments=None):
     name = "-".join(["toy2d"] + [args.data] * (args.data != "checkerboard") + ["quick"] * args.quick)
     try:
         run = RunFolder(args.out or f"runs/{name}", {"script": "toy2d.py", "data": args.data, **plan})
+        device = torch.device(args.device)
         for seed in range(args.seed, args.seed + args.seeds):
-            judge = Judge(DENSITIES[args.data](), plan["samples"], torch.device(args.device))
-            (unify if args.unify else tell_story)(run, judge, plan, seed, torch.device(args.device))
+            judge = Judge(DENSITIES[args.data](), plan["samples"], device)
+            if args.unify:
+                unify(run, judge, plan, seed, device)
+            else:
+                tell_story(run, judge, plan, seed, device, first=seed == args.seed)
         report(run, judge, plan, args.seed)
     except BadInput as error:
         parser.exit(2, f"toy2d.py: {error}\n")
