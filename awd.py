@@ -2,8 +2,8 @@
 
 Distribution matching follows the teacher, so it can be no sharper than its two score estimates. A discriminator that
 sees real data adds what they miss: it reads the frozen teacher's own features of a noised image (PRIOR: LADD, Sauer et
-al., arXiv 2403.12015) and tells data from samples. Once a student is well placed by stage 1, what is still wrong with it
-is local, a stroke too thin or an edge too soft, while most of the feature map is already right. A head that averages
+al., arXiv 2403.12015) and tells data from samples. Once a student is well placed by stage 1, what is still wrong with
+it is local, a stroke too thin or an edge too soft, while most of the feature map is already right. A head that averages
 all tokens waters the few telling ones down. AWD (PAPER: Cheng et al., arXiv 2511.08930) learns where to look:
 
     f (B, N, C) -> LayerNorm -> keys k_i, values w_i

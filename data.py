@@ -7,8 +7,9 @@
     RunFolder    runs/<name>/: all that a run leaves behind, written whole or not at all
 
 Images are uint8 (H, W, C), C = 3 (RGB) or 1 (grey). Every source of them has `size`, `channels`, `len()`, and
-`images(indices) -> uint8 (B, H, W, C)`. Randomness is a function of (seed, stream, step), never of history: the same step
-of the same run draws the same numbers, whatever ran before it. What a user hands over and nobody can use raises BadInput.
+`images(indices) -> uint8 (B, H, W, C)`. Randomness is a function of (seed, stream, step), never of history: the same
+step of the same run draws the same numbers, whatever ran before it. What a user hands over and nobody can use raises
+BadInput.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 
 class BadInput(ValueError):
-    """What the user handed over cannot be used: one sentence with the value and the remedy. Scripts exit with 2 on it."""
+    """What the user handed over cannot be used: one sentence with value and remedy, at which scripts exit with 2."""
 
 
 def sha256_file(path):
@@ -64,17 +65,21 @@ def read_json(path):
 
 def write_whole(path, write):
     """Call write(file) on a file beside `path`, flush it to the disk, then rename: `path` is old or new, never half."""
+    path = Path(path)
     beside = path.with_name(path.name + ".partial")
-    with open(beside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_json(path, value):
     """Write a JSON file that is never seen half-written."""
-    write_whole(Path(path), lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
+    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
 
 
 def stamp(path):
@@ -197,8 +202,8 @@ def _spirals(turns=1.25, width=0.05):
 class GaussianMixture:
     """Equal-weight round Gaussians N(mean_k, std^2): the one density here whose v, score and p_t are known exactly.
 
-    means (K, D), std a number. Along x_t = (1 - t) x_0 + t eps the density stays a mixture, of N((1 - t) mean_k, s^2) with
-    s^2 = (1 - t)^2 std^2 + t^2, and within one component everything is linear in x_t (Gaussian conditioning).
+    means (K, D), std a number. Along x_t = (1 - t) x_0 + t eps the density stays a mixture, of N((1 - t) mean_k, s^2)
+    with s^2 = (1 - t)^2 std^2 + t^2, and within one component everything is linear in x_t (Gaussian conditioning).
     The tests use it as their oracle.
     """
 
@@ -456,18 +461,17 @@ def write_npz(path, source, batch=256):
 
     The file appears under its name only when it is whole."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(source), source.size, source.size, 3)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+
+    def write(whole):
+        with zipfile.ZipFile(whole, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, len(source), batch):
                 images = source.images(range(start, min(start + batch, len(source))))
                 file.write(np.repeat(images, 3 // source.channels, axis=3).tobytes())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, write)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,20 +588,20 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BadInput(f"can't make the run folder {self.path} ({error.strerror}): name another with --out") from None
+            raise BadInput(f"can't make {self.path} ({error.strerror}): name another run folder with --out") from None
         there = self.path / "config.json"
         if there.exists():
             old = read_json(there)
             changed = [key for key in sorted(old.keys() | config.keys()) if old.get(key) != config.get(key)]
             if changed:
                 was = ", ".join(f"{key} = {old.get(key)!r} there and {config.get(key)!r} now" for key in changed)
-                raise BadInput(f"{self.path} holds a run of another configuration ({was}): name another folder with --out")
+                raise BadInput(f"{self.path} holds a run of another configuration ({was}): name another with --out")
         elif any(self.path.iterdir()):
             raise BadInput(f"{self.path} is no run folder, but it is not empty: name another folder with --out")
         try:
             write_json(there, config)
         except OSError as error:
-            raise BadInput(f"can't write to the run folder {self.path} ({error.strerror}): name another with --out") from None
+            raise BadInput(f"can't write to {self.path} ({error.strerror}): name another folder with --out") from None
 
     def read(self, path):
         """A stage's dict, or None with a warning where the file is damaged."""
@@ -607,7 +611,7 @@ class RunFolder:
             print(f"warning: {path} can't be read ({type(error).__name__}): its stage will be computed again")
 
     def stage(self, name, compute):
-        """The dict that compute() returns, from <name>.pt if an earlier run finished this stage, else computed and saved.
+        """The dict that compute() returns: from <name>.pt if an earlier run finished this stage, else computed, saved.
 
         The dict holds tensors, numbers, strings and containers of them: it is read back with weights_only=True.
         """

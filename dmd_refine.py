@@ -11,10 +11,10 @@ difference of two scores (Yin et al., arXiv 2311.18828):
     x0_fake = x_t - t v_fake(x_t, t)                  that of the fake branch, which knows the STUDENT's distribution
     grad  = (x0_fake - x0_real) / mean|x_gen - x0_real|            s_real - s_fake = (1 - t)/t^2 (x0_real - x0_fake)
 
-The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen, several updates for each
-of the student's. It is always a little late; a student that starts far from the teacher outruns it, which is why stage 1
-comes first. The adversarial term adds what neither score knows: real data (see awd.py). One forward pass of the frozen
-teacher at the noised x_gen serves both terms, x0_real and the features.
+The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen, several updates for
+each of the student's. It is always a little late; a student that starts far from the teacher outruns it, which is why
+stage 1 comes first. The adversarial term adds what neither score knows: real data (see awd.py). One forward pass of the
+frozen teacher at the noised x_gen serves both terms, x0_real and the features.
 
     L_G = L_DMD + lambda_adv L_adv                    three players, each update moves one of them:
     student <- L_G      fake branch <- flow matching on x_gen      discriminator <- hinge on noised x_data and x_gen
@@ -57,7 +57,7 @@ def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake, normalize=True):
 
 
 def dmd_loss(x_gen, grad):
-    """1/2 mean (x_gen - sg[x_gen - grad])^2 over all elements: a loss whose gradient by x_gen is grad / x_gen.numel()."""
+    """1/2 mean (x_gen - sg[x_gen - grad])^2 over all elements, whose gradient by x_gen is grad / x_gen.numel()."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - grad).detach())
 
 
@@ -140,7 +140,7 @@ def uniform(low, high, n, generator):
 
 def refine(student, teacher, draw, *, discriminator=None, steps, batch, seed, stream, taps=(), lambda_adv=0.1,
            lr=3e-3, lr_fake=2e-3, lr_discriminator=1e-3, fake_updates=2, log_every=100):  # fmt: skip
-    """Train the student in place by L_G, with its two helpers; return its average network (EMA) and rows for metrics.csv.
+    """Train the student in place by L_G, with its helpers; return its average network (EMA) and rows for metrics.csv.
 
     student: two times, from stage 1 (or from random weights, for the control). teacher: frozen, see `generator_loss`.
     draw(batch, generator) -> x_data (batch, ...). discriminator: an awd.AdaptiveWeightedDiscriminator for the layers

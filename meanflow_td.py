@@ -5,17 +5,19 @@ A student learns the AVERAGE velocity over a whole stretch of that path, and tak
 
     u(x_t, r, t) = 1/(t - r) * integral_r^t v(x_s, s) ds           x_r = x_t - (t - r) u(x_t, r, t)
 
-An integral makes a poor regression target, since it needs the teacher's whole path. Multiply by (t - r) and differentiate
-along the path (dx_t/dt = v, r fixed): u + (t - r) du/dt = v. That is the MeanFlow identity (Geng et al., arXiv 2505.13447),
+An integral makes a poor regression target, since it needs the teacher's whole path. Multiply by (t - r) and
+differentiate along the path (dx_t/dt = v, r fixed): u + (t - r) du/dt = v. That is the MeanFlow identity (Geng et al.,
+arXiv 2505.13447),
 
     u = v - (t - r) du/dt              du/dt = v . grad_x u + d_t u
 
-and it only holds what one point of the path can tell. du/dt is ONE forward-mode product of the student with the tangents
-(v, 0, 1) for (x, r, t). The right side, held fixed, is the target. Two things follow:
+and it only holds what one point of the path can tell. du/dt is ONE forward-mode product of the student with the
+tangents (v, 0, 1) for (x, r, t). The right side, held fixed, is the target. Two things follow:
 
-- At r = t the identity says u = v: flow matching is MeanFlow with r = t, so one loss trains the teacher (on eps - x_0) and
-  the student (on the frozen teacher's velocity, in which guidance is then baked in).
-- The teacher's v is a function of (x_t, t), while eps - x_0 is a noisy sample of it: distillation has a deterministic target.
+- At r = t the identity says u = v: flow matching is MeanFlow with r = t, so one loss trains the teacher (on eps - x_0)
+  and the student (on the frozen teacher's velocity, in which guidance is then baked in).
+- The teacher's v is a function of (x_t, t), while eps - x_0 is a noisy sample of it: distillation has a deterministic
+  target.
 
 What this stage leaves behind: at t = 1 the map from noise to data is steep wherever the path decides between two modes.
 A network of finite size rounds these cliffs off, and samples fall between the modes; toy2d.py measures it. Stage 2,
@@ -42,9 +44,9 @@ def draw_times(batch, generator, *, share_spans=0.75):
 
     The spans alone need du/dt; the others tie u to the teacher's velocity, which the identity starts from.
     """
-    # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447), we draw uniformly, because one-step
-    # sampling starts at t = 1, which logit-normal times all but never reach: sliced W2 to the data 0.14 instead of 0.40
-    # (2D checkerboard, one seed, 3,000 steps, in a prototype of this file).
+    # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447), we draw uniformly, because a
+    # one-step sample starts at t = 1, which logit-normal times all but never reach: sliced W2 to the data 0.14 instead
+    # of 0.40 (2D checkerboard, one seed, 3,000 steps, in a prototype of this file).
     r, t = torch.rand(batch, 2, generator=generator, device=generator.device).sort(dim=1).values.unbind(1)
     spans = torch.arange(batch, device=generator.device) < int(batch * share_spans)
     return torch.where(spans, r, t), t
@@ -60,7 +62,7 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
     """
     if (r > t).any():
         row = int((r > t).nonzero()[0])
-        raise ValueError(f"u(x_t, r, t) needs r <= t, but row {row} has r = {r[row].item():.4g} > t = {t[row].item():.4g}")
+        raise ValueError(f"u(x_t, r, t) needs r <= t, but row {row} has r = {r[row]:.4g} > t = {t[row]:.4g}")
     du_dt = torch.zeros_like(v)
     rows = (r < t).nonzero().squeeze(1)
     if len(rows):
@@ -85,7 +87,7 @@ def adaptive_mean(err, p, c):
 
 
 def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2, watch=None):
-    """MeanFlow's loss: the student's squared distance from u_target, adaptively weighted (arXiv 2505.13447, Sec. 4.1, 4.3).
+    """MeanFlow's loss: the student's squared distance from u_target, adaptively weighted (arXiv 2505.13447, Sec. 4).
 
     Arguments as in `meanflow_target`. Returns the scalar loss and err (B,), the raw squared error summed over all but
     the first dimension: watch err, for at p = 1 the weighted loss is about 1 whatever the student does.
@@ -102,7 +104,7 @@ def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2, watch=None):
 
 
 def flow_matching_loss(v_theta, x_t, v, *, t, y=None):
-    """Flow matching's loss: MeanFlow's with r = t and p = 0 (Lipman et al., arXiv 2210.02747, conditional flow matching).
+    """Conditional flow matching (Lipman et al., arXiv 2210.02747): MeanFlow's loss with r = t and p = 0.
 
     v_theta(x_t, t=t) -> (B, ...) is a network with one time. Returns the scalar loss and err (B,).
     """
@@ -168,9 +170,7 @@ def check_finite(step, **terms):
     """Raise FloatingPointError, naming the step and the term, if one of these scalar tensors is not a finite number."""
     for name, value in terms.items():
         if not torch.isfinite(value):
-            raise FloatingPointError(
-                f"{name} is {value.item()} at step {step}: lower the learning rate, or look at du_dt and grad_dmd in metrics.csv"
-            )
+            raise FloatingPointError(f"{name} is {value.item()} at step {step}: try a lower learning rate")
 
 
 def teacher_objective(net, x_0, eps, generator):
@@ -196,7 +196,7 @@ def student_objective(net, x_0, eps, generator, *, teacher):
 def train(net, draw, objective, *, steps, batch, lr, seed, stream, log_every=100):
     """Train `net` in place and return its average network (EMA) and a list of rows for metrics.csv.
 
-    draw(batch, generator) -> x_0 (batch, ...). objective(net, x_0, eps, generator) -> loss, terms: one of the two above.
+    draw(batch, generator) -> x_0 (batch, ...). objective(net, x_0, eps, generator) -> loss, terms: one of those above.
     steps, batch: integers >= 1; lr: the peak of Adam's learning rate. seed, stream: what the randomness of each step is
     made from. A row every `log_every` steps. Raises FloatingPointError when the loss is not finite.
     """

@@ -1,24 +1,24 @@
 """Hierarchical distillation in 2D, start to end on a CPU: where trajectory distillation stops, and the way past it.
 
-    python toy2d.py                 the story, one seed          python toy2d.py --seeds 3      with mean and spread
-    python toy2d.py --quick         all of it, small             python toy2d.py --unify        three methods, one function
+    python toy2d.py              the story, one seed        python toy2d.py --seeds 3     with mean and spread
+    python toy2d.py --quick      all of it, small           python toy2d.py --unify       three methods, one function
 
-Everything leaves runs/toy2d/: bottleneck.png, story.png, results.json, metrics.csv, and a table on the terminal. The same
-command again goes on where it was stopped, or only redraws.
+It leaves runs/toy2d/ with bottleneck.png, story.png, results.json and metrics.csv, and a table on the terminal. The
+same command again goes on where it was stopped, or only redraws.
 
-1. A teacher learns the velocity field of a density by flow matching; Heun's method with 100 steps (200 calls) samples it.
-2. The bottleneck. Students of many sizes learn the teacher's average velocity by MeanFlow (TD, meanflow_td.py) and sample
-   with ONE call. How close to the teacher's own sample of the same noise (replay error), how close to the data (sliced
-   Wasserstein-2), and how many samples lie inside the support? Bigger is better, but not by enough: the map from noise to
-   data has cliffs where the path chooses between two squares, and a smooth network of any size builds bridges there.
+1. A teacher learns the velocity field of a density by flow matching; Heun's method with 100 steps (200 calls) samples.
+2. The bottleneck. Students of many sizes learn the teacher's average velocity by MeanFlow (TD, meanflow_td.py) and
+   sample with ONE call. How close to the teacher's own sample of the same noise (replay error), how close to the data
+   (sliced Wasserstein-2), and how many samples lie inside the support? Bigger is better, but not by enough: the map
+   from noise to data has cliffs where the path chooses between two squares, and a smooth network builds bridges there.
 3. The way past. A SMALL student takes the first half of its updates from TD, the second half from distribution matching
    and an adversarial loss (dmd_refine.py, awd.py). It may now answer a noise point with another sample than the teacher
    would, if only all samples together are right, and that a small network can do.
-4. The controls: the same second half, and the first one too, from random weights; and a discriminator without attention.
+4. The controls: stage 2 for all of the updates, from random weights; and a discriminator that averages its tokens.
 
-The toy calls the losses, samplers and loops of the other files and has no second version of any. The paper's Fig. 3 plots
-the same question (PAPER: quality of TD rises with size, 50 times the size does not close the gap); its data and sizes are
-not told, so density, networks and budget here are OURS.
+The toy calls the losses, samplers and loops of the other files and has no second version of any. The paper's Fig. 3
+asks the same question (PAPER: quality of TD rises with size, 50 times the size does not close the gap); its data and
+sizes are not told, so density, networks and budget here are OURS.
 """
 
 import argparse
@@ -60,8 +60,8 @@ LR_TEACHER = 5e-3
 def td_rate(width):
     """Adam's peak learning rate for a TD student: in inverse proportion to its width.
 
-    PRIOR: Yang et al., arXiv 2203.03466. OURS: the constant, found on seed 0 with 6,000 updates. Width 64 did best at 4e-3
-    (share inside 0.80; 0.77 at 2e-3, 0.73 at 1e-3), width 256 at 1e-3 (0.84; 0.81 at 2e-3).
+    PRIOR: Yang et al., arXiv 2203.03466. OURS: the constant, found on seed 0 with 6,000 updates. Width 64 did best at
+    4e-3 (share inside 0.80; 0.77 at 2e-3, 0.73 at 1e-3), width 256 at 1e-3 (0.84; 0.81 at 2e-3).
     """
     return min(5e-3, 0.256 / width)
 
@@ -87,7 +87,7 @@ def sliced_w2(projections_x, projections_y):
 
 
 def in_blocks(sampler, eps):
-    """sampler(eps), 4096 rows at a time: their activations fit a CPU's cache, which made it 3 times faster (measured)."""
+    """sampler(eps), 4096 rows at a time: their activations fit a CPU's cache (3 times faster on one core, measured)."""
     return torch.cat([sampler(block) for block in progress(eps.split(4096), "sampling")])
 
 
@@ -187,7 +187,8 @@ def train_teacher(run, judge, plan, seed, device):
 def judge_fresh_data(run, judge, seed):
     """A row for another draw of the data: how good a perfect sampler would look."""
     fresh = partial(judge.density.draw, len(judge.eps), rng(seed, "fresh data", 0, judge.eps.device))
-    run.stage(f"seed{seed}-data", lambda: {"rows": [], "result": new_result("data against data", seed, **judge(fresh()))})
+    result = partial(new_result, "data against data", seed)
+    run.stage(f"seed{seed}-data", lambda: {"rows": [], "result": result(**judge(fresh()))})
 
 
 def tell_story(run, judge, plan, seed, device, first=True):
@@ -294,7 +295,7 @@ def progressive_objective(net, x_0, eps, generator, *, previous, h):
 
 
 def distill_progressively(net, draw, *, teacher, rounds, steps, stream, **settings):
-    """`rounds` halvings, from 2^rounds Euler steps of the teacher to one, sharing `steps` updates; as `train` returns."""
+    """`rounds` halvings, from 2^rounds Euler steps of the teacher to one, share `steps` updates; returns as `train`."""
     rows, previous = [], teacher
     for k in range(rounds):
         objective = partial(progressive_objective, previous=previous, h=2.0 ** (k - rounds))
@@ -341,6 +342,7 @@ def unify(run, judge, plan, seed, device):
 # Pictures and tables
 # ---------------------------------------------------------------------------------------------------------------------
 
+REPLAY_FLOOR = "teacher at half against all of its steps"
 ORANGE, BLUE, GREEN, GREY = "#d55e00", "#0072b2", "#009e73", "#777777"  # Okabe and Ito's colours for all eyes
 
 
@@ -373,7 +375,8 @@ def print_table(results, part):
 
 def draw_curve(axis, groups, names, key, **style):
     """Mean over seeds against the number of parameters, with a bar for the standard deviation."""
-    chosen = sorted((rows for (what, _), rows in groups.items() if what in names), key=lambda rows: rows[0]["parameters"])
+    chosen = [rows for (what, _), rows in groups.items() if what in names]
+    chosen.sort(key=lambda rows: rows[0]["parameters"])
     x = [rows[0]["parameters"] for rows in chosen]
     values = [[row[key] for row in rows] for rows in chosen]
     spread = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
@@ -402,7 +405,7 @@ def plot_bottleneck(path, results):
         draw_curve(axis, groups, ["HD: TD + DMD + AWD"], key, color=ORANGE, marker="*", ms=16, ls="none",
                    label="hierarchical distillation, 1 call")  # fmt: skip
         teacher = next(rows for (what, _), rows in groups.items() if what == "teacher")
-        floor = "teacher at half against all of its steps" if key == "replay_error" else f"teacher, {teacher[0]['nfe']} calls"
+        floor = REPLAY_FLOOR if key == "replay_error" else f"teacher, {teacher[0]['nfe']} calls"
         axis.axhline(np.mean([row[key] for row in teacher]), color="black", ls="--", label=floor)
         if key == "sliced_w2":
             data = groups["data against data", 0]
@@ -432,7 +435,7 @@ def plot_unified(path, results):
     for road, colour, marker in [("MeanFlow", BLUE, "o"), ("consistency", ORANGE, "s"), ("progressive", GREEN, "^")]:
         draw_curve(axis, groups, [road], "replay_error", color=colour, marker=marker, label=f"{road} distillation")
     teacher = [row["replay_error"] for row in results if row["what"] == "teacher"]
-    axis.axhline(np.mean(teacher), color="black", ls="--", label="teacher at half against all of its steps")
+    axis.axhline(np.mean(teacher), color="black", ls="--", label=REPLAY_FLOOR)
     style_axes(axis, "squared distance of u(eps, 0, 1)\nfrom the exact average velocity")
     axis.set_title("Three roads to one function, one bottleneck")
     axis.legend(fontsize=8)
@@ -441,7 +444,7 @@ def plot_unified(path, results):
 
 
 def report(run, judge, plan, seed):
-    """results.json, metrics.csv, pictures and closing tables of all that the run folder holds; the story is one seed's."""
+    """Results, metrics, pictures and tables of all that the run folder holds; the story's picture is of one seed."""
     states = run.stages()
     results = [state["result"] for state in states.values()]
     write_json(run.path / "results.json", results)
@@ -449,9 +452,11 @@ def report(run, judge, plan, seed):
     pictures = []
     if f"seed{seed}-dmd-awd" in states:  # the story's last stage
         small, large = min(plan["widths"]), max(plan["widths"])
-        chosen = {"teacher": "teacher", "TD, 1 call, smallest": f"td-{small}", "TD, 1 call, HD's size": f"td-{HD_WIDTH}",
-                  "TD, 1 call, largest": f"td-{large}", "TD + DMD, 1 call": "td-dmd",
-                  "HD: TD + DMD + AWD, 1 call": "hd", "without TD: DMD + AWD": "dmd-awd"}  # fmt: skip
+        calls = states[f"seed{seed}-teacher"]["result"]["nfe"]
+        chosen = {f"teacher, {calls} calls": "teacher", "TD, 1 call, smallest": f"td-{small}",
+                  "TD, 1 call, HD's size": f"td-{HD_WIDTH}", "TD, 1 call, largest": f"td-{large}",
+                  "TD + DMD, 1 call": "td-dmd",
+                  "HD: TD + DMD + AWD, 1 call": "hd", "no TD: DMD + AWD, 1 call": "dmd-awd"}  # fmt: skip
         colour = judge.eps[:POINTS, 1].cpu().argsort().argsort()  # by the height of its noise: the same in all panels
         panels = {"data": (judge.data[:POINTS].cpu(), GREY)}
         panels |= {title: (states[f"seed{seed}-{name}"]["points"][:POINTS], colour) for title, name in chosen.items()}
@@ -480,7 +485,7 @@ def parse_arguments(arguments):
     parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="everything, small: to see that it works, not how well")
     parser.add_argument("--unify", action="store_true",
-                        help="instead of the story: consistency, progressive and MeanFlow distillation side by side")  # fmt: skip
+                        help="not the story, but three distillation methods side by side")  # fmt: skip
     for name, what in [("teacher", "of the teacher"), ("td", "of stage 1"), ("refine", "of stage 2")]:
         parser.add_argument(f"--{name}-steps", type=whole_number(1),
                             help=f"updates {what} (default: {PLANS['default'][f'{name}_steps']})")  # fmt: skip
@@ -495,7 +500,8 @@ def parse_arguments(arguments):
 def main(arguments=None):
     parser, args = parse_arguments(arguments)
     plan = dict(PLANS["quick" if args.quick else "default"])
-    plan |= {f"{name}_steps": steps for name in ("teacher", "td", "refine") if (steps := getattr(args, f"{name}_steps"))}
+    given = {f"{name}_steps": getattr(args, f"{name}_steps") for name in ("teacher", "td", "refine")}
+    plan |= {key: steps for key, steps in given.items() if steps is not None}
     name = "-".join(["toy2d"] + [args.data] * (args.data != "checkerboard") + ["quick"] * args.quick)
     try:
         run = RunFolder(args.out or f"runs/{name}", {"script": "toy2d.py", "data": args.data, **plan})

@@ -50,8 +50,10 @@ def test_the_head_is_its_formula():
     check_plain_formula(awd)
 
 
-@pytest.mark.parametrize("old, new", [("/ C**0.5, dim=1)", ", dim=1)"), ("dim=1)\n\n    def forward", "dim=0)\n\n    def forward"),
-                                      ("self.query @ self.keys.weight)", "self.keys.weight @ self.query)")])  # fmt: skip
+@pytest.mark.parametrize("old, new", [
+    ("/ C**0.5, dim=1)", ", dim=1)"), ("dim=1)\n\n    def forward", "dim=0)\n\n    def forward"),
+    ("self.query @ self.keys.weight)", "self.keys.weight @ self.query)"),
+])  # fmt: skip
 def test_a_broken_head_is_caught(old, new):
     with pytest.raises(AssertionError):
         check_plain_formula(broken(awd, (old, new)))
@@ -78,7 +80,7 @@ def test_the_spectral_norms_are_one_after_50_passes():
 
 
 def test_a_local_defect_moves_attention_more_than_the_mean():
-    """One token of 16 is off by a fixed vector in half of the batch. Both heads learn to tell; who tells it more clearly?"""
+    """One token of 16 is off by a fixed vector in the samples. Both heads learn to tell; who tells it more clearly?"""
 
     def batch(n, generator, defect):
         tokens = torch.randn(n, 16, 8, generator=generator)

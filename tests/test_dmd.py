@@ -94,6 +94,9 @@ def test_scores_and_guesses_point_the_same_way():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+ADVERSARIAL = {"lambda_adv": 0.1, "taps": (0, 1)}
+
+
 def cast(pooling="attention"):
     """Student, teacher, fake branch and discriminator, small; and noise, data and times for them."""
     with torch.random.fork_rng():
@@ -112,7 +115,7 @@ def moved(*nets):
 
 def check_routing(module):
     student, teacher, fake, discriminator, eps, noise, x_data, t = cast()
-    loss, x_gen, _ = module.generator_loss(student, teacher, fake, discriminator, eps, noise, t, lambda_adv=0.1, taps=(0, 1))
+    loss, x_gen, _ = module.generator_loss(student, teacher, fake, discriminator, eps, noise, t, **ADVERSARIAL)
     loss.backward()
     assert moved(student, teacher, fake, discriminator) == [True, False, False, False]
     student.zero_grad(set_to_none=True)
@@ -155,7 +158,7 @@ def test_the_adversarial_term_moves_samples_towards_data():
 
     discriminator.eval()  # spectral norm without its power iteration, so that before and after can be compared
     before = logit()
-    loss, _, terms = dmd_refine.generator_loss(student, teacher, fake, discriminator, eps, noise, t, lambda_adv=0.1, taps=(0, 1))
+    loss, _, terms = dmd_refine.generator_loss(student, teacher, fake, discriminator, eps, noise, t, **ADVERSARIAL)
     assert terms["grad_dmd"] == 0 and loss.item() == pytest.approx(-0.1 * before, abs=1e-6)
     loss.backward()
     with torch.no_grad():

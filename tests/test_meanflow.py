@@ -250,8 +250,9 @@ def test_one_step_of_the_exact_average_velocity_gives_the_data_and_so_do_five():
     check_sampler(meanflow_td)
 
 
-@pytest.mark.parametrize("old, new", [("x = x - net(", "x = x + net("), ("(k + 1) / steps)\n        x = x - net",
-                                                                         "k / steps - 1e-3)\n        x = x - net")])  # fmt: skip
+@pytest.mark.parametrize("old, new", [
+    ("x = x - net(", "x = x + net("), ("(k + 1) / steps)\n        x = x - net", "k / steps - 1e-3)\n        x = x - net"),
+])  # fmt: skip
 def test_a_broken_sampler_is_caught(old, new):
     with pytest.raises(AssertionError):
         check_sampler(broken(meanflow_td, (old, new)))
@@ -281,7 +282,8 @@ def test_training_is_the_same_twice_and_stops_at_a_number_that_is_none():
         with torch.random.fork_rng():
             torch.manual_seed(0)
             net = VelocityMLP(2, 8, 1)
-        return meanflow_td.train(net, draw, meanflow_td.teacher_objective, steps=3, batch=16, lr=1e-3, seed=0, stream="t")
+        objective = meanflow_td.teacher_objective
+        return meanflow_td.train(net, draw, objective, steps=3, batch=16, lr=1e-3, seed=0, stream="t")
 
     draw = MIXTURE.draw
     (a, rows_a), (b, rows_b) = run(lambda n, g: draw(n, g).float()), run(lambda n, g: draw(n, g).float())

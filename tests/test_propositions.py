@@ -82,7 +82,8 @@ def test_a_broken_consistency_loss_is_caught(old, new):
 def halve(module, velocity, rounds):
     """The one-step student after exact progressive distillation of 2^rounds Euler steps: a function of (x_t, t=t)."""
     for k in range(rounds):
-        velocity = lambda x, *, t, old=velocity, h=2.0 ** (k - rounds): module.progressive_target(old, x, t=t, h=h)  # noqa: E731
+        previous, h = velocity, 2.0 ** (k - rounds)
+        velocity = lambda x, *, t, v=previous, h=h: module.progressive_target(v, x, t=t, h=h)  # noqa: E731
     return velocity
 
 
@@ -121,8 +122,10 @@ def test_also_for_a_networks_velocity_field():
     check_progressive(toy2d, net, lambda eps: eps - meanflow_td.sample_ode(net, eps, steps=2000))
 
 
-@pytest.mark.parametrize("old, new", [("velocity(x_t - h * v_first", "velocity(x_t + h * v_first"), ("t=t - h)", "t=t)"),
-                                      ("(v_first + v_second) / 2", "v_second")])  # fmt: skip
+@pytest.mark.parametrize("old, new", [
+    ("velocity(x_t - h * v_first", "velocity(x_t + h * v_first"), ("t=t - h)", "t=t)"),
+    ("(v_first + v_second) / 2", "v_second"),
+])  # fmt: skip
 def test_a_broken_halving_is_caught(old, new):
     with pytest.raises(AssertionError):
         check_progressive(broken(toy2d, (old, new)), GaussianFlow().velocity, gaussian_exact)

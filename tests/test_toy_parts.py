@@ -9,7 +9,8 @@ from helpers import broken
 import data
 import toy2d
 from data import DENSITIES, BadInput, GaussianMixture, RunFolder, rng
-from models import VelocityMLP, add_noise, eps_from_velocity, frozen_copy, score_from_velocity, update_ema, x0_from_velocity
+from models import (VelocityMLP, add_noise, eps_from_velocity, frozen_copy, score_from_velocity, update_ema,
+                    x0_from_velocity)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Network and conversions
@@ -106,7 +107,7 @@ def check_mixture(module):
 
 def test_the_mixtures_score_and_velocity_are_exact():
     check_mixture(data)
-    for old, new in [("- self.means.to(x_t)  # (B, K, D)\n        return (torch.softmax", "+ self.means.to(x_t)  # (B, K, D)\n        return (torch.softmax"),
+    for old, new in [("- self.means.to(x_t)  # (B, K, D)\n        return", "+ self.means.to(x_t)  # (B, K, D)\n        return"),
                      ("(t - (1 - t) * self.std**2) / s2", "(t - self.std**2) / s2")]:  # fmt: skip
         with pytest.raises(AssertionError):
             check_mixture(broken(data, (old, new)))
