@@ -64,7 +64,7 @@ def score_from_velocity(x_t, t, v):
 
 
 def sinusoids(a, frequencies):
-    """Features [a, sin(f a), cos(f a)] of each column of a (B, D), at K frequencies in rad per unit: (B, D (1 + 2K))."""
+    """Features [a, sin(f a), cos(f a)] of each column of a (B, D), at K frequencies in rad/unit: (B, D (1 + 2K))."""
     phase = (a[:, :, None] * frequencies).flatten(1)  # (B, D K)
     return torch.cat([a, phase.sin(), phase.cos()], dim=1)
 

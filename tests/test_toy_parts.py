@@ -107,7 +107,7 @@ def check_mixture(module):
 
 def test_the_mixtures_score_and_velocity_are_exact():
     check_mixture(data)
-    for old, new in [("- self.means.to(x_t)  # (B, K, D)\n        return", "+ self.means.to(x_t)  # (B, K, D)\n        return"),
+    for old, new in [("* off - self.means.to(x_t)", "* off + self.means.to(x_t)"),
                      ("(t - (1 - t) * self.std**2) / s2", "(t - self.std**2) / s2")]:  # fmt: skip
         with pytest.raises(AssertionError):
             check_mixture(broken(data, (old, new)))
