@@ -138,7 +138,7 @@ def uniform(low, high, n, generator):
     return low + (high - low) * torch.rand(n, generator=generator, device=generator.device)
 
 
-def refine(student, teacher, draw, *, discriminator=None, steps, batch, seed, stream, taps=(), lambda_adv=0.1,
+def refine(student, teacher, draw, *, discriminator=None, steps, batch, seed, stream, name, taps=(), lambda_adv=0.1,
            lr=3e-3, lr_fake=2e-3, lr_discriminator=1e-3, fake_updates=2, log_every=100):  # fmt: skip
     """Train the student in place by L_G, with its helpers; return its average network (EMA) and rows for metrics.csv.
 
@@ -146,7 +146,7 @@ def refine(student, teacher, draw, *, discriminator=None, steps, batch, seed, st
     draw(batch, generator) -> x_data (batch, ...). discriminator: an awd.AdaptiveWeightedDiscriminator for the layers
     `taps` of the teacher, or None. fake_updates: of the fake branch for each of the student's (PRIOR: DMD2's two-time-
     scale rule, there 5; OURS: 2, since the toy's networks learn fast). Learning rates are peaks of Adam's.
-    Raises FloatingPointError when a loss is not finite.
+    seed, stream, name: as in `meanflow_td.train`. Raises FloatingPointError when a loss is not finite.
     """
     device = next(student.parameters()).device
     fake = frozen_copy(teacher).requires_grad_(True)  # PAPER: the fake branch starts as the teacher
@@ -160,7 +160,7 @@ def refine(student, teacher, draw, *, discriminator=None, steps, batch, seed, st
         loss.backward()
         optimizers[player].step()
 
-    bar = progress(range(steps), stream)
+    bar = progress(range(steps), name)
     for step in bar:
         # --- training step ---
         generator = rng(seed, stream, step, device)
@@ -190,10 +190,10 @@ def refine(student, teacher, draw, *, discriminator=None, steps, batch, seed, st
         update(0, loss)
         update_ema(ema, student, step)
         # --- bookkeeping ---
-        check_finite(step, loss=loss, loss_fake=loss_fake)
+        check_finite(f"{name}, seed {seed}, step {step}", loss=loss, loss_fake=loss_fake)
         if step % log_every == 0 or step == steps - 1:
             terms = {**terms, **generator_terms, "loss": loss, "loss_fake": loss_fake,
                      "gen_mean": x_gen.mean(), "gen_std": x_gen.std()}  # fmt: skip
-            rows.append({"stream": stream, "seed": seed, "step": step, **{k: v.item() for k, v in terms.items()}})
-            bar.set_postfix(grad_dmd=f"{rows[-1]['grad_dmd']:.3g}", loss_fake=f"{rows[-1]['loss_fake']:.3g}")
+            rows.append({"network": name, "seed": seed, "step": step, **{k: v.item() for k, v in terms.items()}})
+            bar.set_postfix(grad_dmd=f"{rows[-1]['grad_dmd']:.3g}", loss_fake=f"{rows[-1]['loss_fake']:.3g}", refresh=False)
     return ema, rows

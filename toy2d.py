@@ -45,14 +45,13 @@ from models import VelocityMLP, add_noise, count_parameters, expand_times, froze
 DEPTH = 3  # hidden layers of every network here
 TAPS = (0, 1, 2)  # the teacher's hidden layers that the discriminator reads, one token each
 TEACHER_WIDTH = 128
-HD_WIDTH = 64  # the small student
 POINTS = 5000  # samples kept for the pictures
 
 # `td_steps` + `refine_steps` updates is what every student gets, in whichever way it spends them.
 PLANS = {
-    "default": dict(widths=(24, 32, 48, 64, 128, 256), teacher_steps=6000, td_steps=3000, refine_steps=3000,
+    "default": dict(widths=(24, 32, 48, 64, 128, 256), hd_width=64, teacher_steps=6000, td_steps=3000, refine_steps=3000,
                     unify_steps=3000, unify_rounds=6, unify_widths=(24, 64, 128), samples=100_000, ode_steps=100),
-    "quick": dict(widths=(8, 16, 24, 32, 48, 64), teacher_steps=300, td_steps=100, refine_steps=100,
+    "quick": dict(widths=(8, 12, 16, 24, 48, 64), hd_width=16, teacher_steps=300, td_steps=100, refine_steps=100,
                   unify_steps=60, unify_rounds=3, unify_widths=(8, 16), samples=4000, ode_steps=20),
 }  # fmt: skip
 TEACHER_BATCH, BATCH = 1024, 512
@@ -98,12 +97,13 @@ class Judge:
 
     def __init__(self, density, samples, device):
         self.density = density
-        self.eps = torch.randn(samples, 2, generator=rng(0, "judge noise", 0, device), device=device)
-        self.data = density.draw(samples, rng(0, "judge data", 0, device))
+        # drawn on the CPU: a run that goes on with another device is judged on the same noise
+        self.eps = torch.randn(samples, 2, generator=rng(0, "judge noise")).to(device)
+        self.data = density.draw(samples, rng(0, "judge data")).to(device)
         self.projections = sorted_projections(self.data)
         self.x_teacher = None  # (samples, 2), the many-step endpoint of every eps, once there is a teacher
 
-    def __call__(self, x):
+    def __call__(self, x, replay=True):
         """The measures of samples x (samples, 2) that were made from self.eps, as a dict of numbers."""
         part = self.density.part(x)
         shares = torch.bincount(part[part >= 0], minlength=self.density.parts) / len(x)
@@ -113,7 +113,7 @@ class Judge:
             "smallest_part": shares.min().item(),
             "largest_part": shares.max().item(),
         }
-        if self.x_teacher is not None:
+        if replay:
             measures["replay_error"] = (x - self.x_teacher).square().sum(dim=1).mean().item()
         return measures
 
@@ -171,7 +171,7 @@ def train_teacher(run, judge, plan, seed, device):
     def compute():
         start, updates, steps = time.perf_counter(), plan["teacher_steps"], plan["ode_steps"]
         ema, rows = train(net, judge.density.draw, teacher_objective, steps=updates, batch=TEACHER_BATCH, lr=LR_TEACHER,
-                          seed=seed, stream="teacher")  # fmt: skip
+                          seed=seed, stream="teacher", name="teacher")  # fmt: skip
         seconds = time.perf_counter() - start
         judge.x_teacher = in_blocks(partial(sample_ode, ema, steps=steps), judge.eps)
         coarse = in_blocks(partial(sample_ode, ema, steps=steps // 2), judge.eps)
@@ -188,9 +188,12 @@ def train_teacher(run, judge, plan, seed, device):
 
 def judge_fresh_data(run, judge, seed):
     """A row for another draw of the data: how good a perfect sampler would look."""
-    fresh = partial(judge.density.draw, len(judge.eps), rng(seed, "fresh data", 0, judge.eps.device))
-    result = partial(new_result, "data against data", seed)
-    run.stage(f"seed{seed}-data", lambda: {"rows": [], "result": result(**judge(fresh()))})
+
+    def compute():
+        x = judge.density.draw(len(judge.eps), rng(seed, "fresh data")).to(judge.eps.device)
+        return {"rows": [], "result": new_result("data against data", seed, **judge(x, replay=False))}
+
+    run.stage(f"seed{seed}-data", compute)
 
 
 def tell_story(run, judge, plan, seed, device, first=True):
@@ -206,7 +209,7 @@ def tell_story(run, judge, plan, seed, device, first=True):
 
     def distill(name, what, width, steps):
         fit = partial(train, draw=draw, objective=partial(student_objective, teacher=teacher), steps=steps, batch=BATCH,
-                      lr=td_rate(width), seed=seed, stream=name)  # fmt: skip
+                      lr=td_rate(width), seed=seed, stream="td", name=name)  # fmt: skip
         return stages(name, what, student_network(seed, width, device), fit, updates=steps)
 
     # --- the bottleneck: every size gets the updates of both stages ---
@@ -216,7 +219,8 @@ def tell_story(run, judge, plan, seed, device, first=True):
         distill("td-largest-twice", "TD, trained twice as long", plan["widths"][-1], 2 * (td_steps + refine_steps))
 
     # --- the way past it: half of the updates for each stage ---
-    start = distill("td-start", "TD, first half only", HD_WIDTH, td_steps)
+    hd_width = plan["hd_width"]
+    start = distill("td-start", "TD, first half only", hd_width, td_steps)
 
     def refined(name, what, student, steps, updates, pooling=None):
         discriminator = None
@@ -224,7 +228,7 @@ def tell_story(run, judge, plan, seed, device, first=True):
             build = partial(AdaptiveWeightedDiscriminator, [TEACHER_WIDTH], pooling)
             discriminator = new_network(seed, "discriminator", build).to(device)
         fit = partial(refine, teacher=teacher, draw=draw, discriminator=discriminator, steps=steps, batch=BATCH,
-                      seed=seed, stream=name, taps=TAPS)  # fmt: skip
+                      seed=seed, stream="refine", name=name, taps=TAPS)  # fmt: skip
         return stages(name, what, student.requires_grad_(True), fit, updates=updates)
 
     both = td_steps + refine_steps
@@ -232,8 +236,8 @@ def tell_story(run, judge, plan, seed, device, first=True):
     refined("hd", "HD: TD + DMD + AWD", frozen_copy(start), refine_steps, both, "attention")
     refined("td-dmd-mean", "TD + DMD + GAN, mean pooling", frozen_copy(start), refine_steps, both, "mean")
     # --- the controls: no TD, the updates of both stages ---
-    refined("dmd", "DMD, no TD", student_network(seed, HD_WIDTH, device), both, both)
-    refined("dmd-awd", "DMD + AWD, no TD", student_network(seed, HD_WIDTH, device), both, both, "attention")
+    refined("dmd", "DMD, no TD", student_network(seed, hd_width, device), both, both)
+    refined("dmd-awd", "DMD + AWD, no TD", student_network(seed, hd_width, device), both, both, "attention")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,13 +300,13 @@ def progressive_objective(net, x_0, eps, generator, *, previous, h):
     return loss, {"raw_error": err.mean()}
 
 
-def distill_progressively(net, draw, *, teacher, rounds, steps, stream, **settings):
+def distill_progressively(net, draw, *, teacher, rounds, steps, name, **settings):
     """`rounds` halvings, from 2^rounds Euler steps of the teacher to one, share `steps` updates; returns as `train`."""
     rows, previous = [], teacher
     for k in range(rounds):
         objective = partial(progressive_objective, previous=previous, h=2.0 ** (k - rounds))
         share = (k + 1) * steps // rounds - k * steps // rounds
-        previous, more = train(net, draw, objective, steps=share, stream=f"{stream}-round-{k + 1}", **settings)
+        previous, more = train(net, draw, objective, steps=share, name=f"{name}-round-{k + 1}", **settings)
         net.load_state_dict(previous.state_dict())  # the next round's student starts from this round's
         rows += more
     return previous, rows
@@ -322,7 +326,7 @@ def unify(run, judge, plan, seed, device):
     """
     teacher = train_teacher(run, judge, plan, seed, device)
     stages = Stages(run, judge, seed)
-    settings = dict(steps=plan["unify_steps"], batch=BATCH, seed=seed)
+    settings = dict(steps=plan["unify_steps"], batch=BATCH, seed=seed, stream="unify")
 
     for width in plan["unify_widths"]:
         one_time = partial(new_network, seed, f"student {width}", partial(VelocityMLP, 2, width, DEPTH))
@@ -335,9 +339,9 @@ def unify(run, judge, plan, seed, device):
                             partial(distill_progressively, teacher=teacher, rounds=plan["unify_rounds"])),
         }  # fmt: skip
         for road, (net, sampler, fit) in roads.items():
-            stream = f"unify-{road}-{width}"
-            fit = partial(fit, draw=judge.density.draw, lr=td_rate(width), stream=stream, **settings)
-            stages(stream, road, net, fit, updates=plan["unify_steps"], sampler=sampler, part="unify")
+            name = f"unify-{road}-{width}"
+            fit = partial(fit, draw=judge.density.draw, lr=td_rate(width), name=name, **settings)
+            stages(name, road, net, fit, updates=plan["unify_steps"], sampler=sampler, part="unify")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,7 +465,7 @@ def report(run, judge, plan, seed):
         small, large = min(plan["widths"]), max(plan["widths"])
         calls = states[f"seed{seed}-teacher"]["result"]["nfe"]
         chosen = {f"teacher, {calls} calls": "teacher", "TD, 1 call, smallest": f"td-{small}",
-                  "TD, 1 call, HD's size": f"td-{HD_WIDTH}", "TD, 1 call, largest": f"td-{large}",
+                  "TD, 1 call, HD's size": f"td-{plan['hd_width']}", "TD, 1 call, largest": f"td-{large}",
                   "TD + DMD, 1 call": "td-dmd",
                   "HD: TD + DMD + AWD, 1 call": "hd", "no TD: DMD + AWD, 1 call": "dmd-awd"}  # fmt: skip
         colour = judge.eps[:POINTS, 1].cpu().argsort().argsort()  # by the height of its noise: the same in all panels
@@ -511,7 +515,9 @@ def main(arguments=None):
     plan |= {key: steps for key, steps in given.items() if steps is not None}
     name = "-".join(["toy2d"] + [args.data] * (args.data != "checkerboard") + ["quick"] * args.quick)
     try:
-        run = RunFolder(args.out or f"runs/{name}", {"script": "toy2d.py", "data": args.data, **plan})
+        constants = dict(depth=DEPTH, taps=TAPS, teacher_width=TEACHER_WIDTH, teacher_batch=TEACHER_BATCH, batch=BATCH,
+                         lr_teacher=LR_TEACHER, lr_td={width: td_rate(width) for width in plan["widths"]})  # fmt: skip
+        run = RunFolder(args.out or f"runs/{name}", {"script": "toy2d.py", "data": args.data, **plan, **constants})
         device = torch.device(args.device)
         for seed in range(args.seed, args.seed + args.seeds):
             judge = Judge(DENSITIES[args.data](), plan["samples"], device)
