@@ -11,7 +11,8 @@ all tokens waters the few telling ones down. AWD (PAPER: Cheng et al., arXiv 251
     pooled = sum_i a_i w_i                         (B, C)
     logit  = SN linear( LeakyReLU( SN linear( LayerNorm(pooled) ) ) )
 
-"SN" is a spectral norm, which keeps a discriminator's slope bounded (PRIOR: Miyato et al., arXiv 1802.05957).
+"SN" is a spectral norm, which holds the gain of a linear layer at 1 (PRIOR: Miyato et al., arXiv 1802.05957). Keys and
+query stay free, and a LayerNorm follows the values, so this is no bound on the whole head.
 The baseline, pooling="mean", is the same head with a_i = 1/N. Nothing else differs between the two.
 
     logits = AdaptiveWeightedDiscriminator(dims=[128])(features)      features: a list of (B, N, C), one a tapped layer

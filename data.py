@@ -260,7 +260,7 @@ DENSITIES = {"checkerboard": _checkerboard, "spirals": _spirals, "rings": _rings
 # Between bytes and the networks' range.
 # ---------------------------------------------------------------------------------------------------------------------
 
-# PRIOR: DiT's sampling script. Other code rounds (x + 1)/2 * 255, which darkens by half a grey level on average.
+# PRIOR: DiT's sampling script. Other code truncates (x + 1)/2 * 255, which darkens by half a level.
 UINT8_RULE = "clamp(127.5 x + 128, 0, 255), truncated"
 
 
@@ -596,7 +596,7 @@ class RunFolder:
             if changed:
                 was = ", ".join(f"{key} = {old.get(key)!r} there and {config.get(key)!r} now" for key in changed)
                 raise BadInput(f"{self.path} holds a run of another configuration ({was}): name another with --out")
-        elif any(self.path.iterdir()):
+        elif any(path.suffix != ".partial" for path in self.path.iterdir()):
             raise BadInput(f"{self.path} is no run folder, but it is not empty: name another folder with --out")
         try:
             write_json(there, config)
@@ -606,18 +606,23 @@ class RunFolder:
     def read(self, path):
         """A stage's dict, or None with a warning where the file is damaged."""
         try:
-            return torch.load(path, weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise  # the disk's trouble, not the file's
         except Exception as error:  # torch has no one type for "this file is damaged"
-            print(f"warning: {path} can't be read ({type(error).__name__}): its stage will be computed again")
+            print(f"warning: {path} is damaged ({type(error).__name__})")
 
     def stage(self, name, compute):
         """The dict that compute() returns: from <name>.pt if an earlier run finished this stage, else computed, saved.
 
-        The dict holds tensors, numbers, strings and containers of them: it is read back with weights_only=True.
+        The dict holds tensors, numbers, strings and containers of them: it is read back with weights_only=True, onto
+        the CPU. A damaged file is kept under another name, and its stage computed again.
         """
         path = self.path / f"{name}.pt"
         state = self.read(path) if path.exists() else None
         if state is None:
+            if path.exists():
+                os.replace(path, path.with_suffix(".damaged"))
             state = {**compute(), "finished": time.time()}
             write_whole(path, lambda file: torch.save(state, file))
         return state

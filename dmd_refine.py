@@ -12,15 +12,16 @@ difference of two scores (Yin et al., arXiv 2311.18828):
     grad  = (x0_fake - x0_real) / mean|x_gen - x0_real|            s_real - s_fake = (1 - t)/t^2 (x0_real - x0_fake)
 
 The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen, several updates for
-each of the student's. It is always a little late; a student that starts far from the teacher outruns it, which is why
-stage 1 comes first. The adversarial term adds what neither score knows: real data (see awd.py). One forward pass of the
+each of the student's. It is always a little late, and the two scores only tell where the samples of student and teacher
+overlap; so a student had better start close to the teacher, which is the paper's reason for stage 1. The adversarial
+term adds what neither score knows: real data (see awd.py). One forward pass of the
 frozen teacher at the noised x_gen serves both terms, x0_real and the features.
 
     L_G = L_DMD + lambda_adv L_adv                    three players, each update moves one of them:
     student <- L_G      fake branch <- flow matching on x_gen      discriminator <- hinge on noised x_data and x_gen
 
-What the paper does not tell: learning rates, update ratio, lambda_adv, times of the adversarial term. Ours are the
-defaults of `refine`. The functions here are called by toy2d.py (run `python toy2d.py`).
+What the paper does not tell: learning rates, update ratio, lambda_adv, times of the adversarial term. OURS: all the
+defaults of `refine`, found on seed 0 of the 2D toy. The functions here are called by toy2d.py: run `python toy2d.py`.
 """
 
 from contextlib import contextmanager
@@ -31,28 +32,31 @@ import torch.nn.functional as F
 from awd import discriminator_hinge, generator_hinge
 from data import progress, rng
 from meanflow_td import check_finite, flow_matching_loss, learning_rate
-from models import add_noise, frozen_copy, update_ema, x0_from_velocity
+from models import add_noise, expand_times, frozen_copy, update_ema, x0_from_velocity
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses
 # ---------------------------------------------------------------------------------------------------------------------
 
-T_MIN, T_MAX = 0.02, 0.98  # PRIOR: DMD2 (arXiv 2405.14867). At the ends one of the two guesses carries no information.
+# PRIOR: DMD (arXiv 2311.18828). Near t = 0 both guesses are x_t itself, near t = 1 both are the mean of all data: there
+# the difference of the two tells nothing about x_gen.
+T_MIN, T_MAX = 0.02, 0.98
 
 
 def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake, normalize=True):
     """The direction in which x_gen should NOT go: (x0_fake - x0_real) / mean|x_gen - x0_real|, for each sample.
 
     x_gen, its noised x_t, and both velocities at (x_t, t): (B, ...); t (B,). Returns (B, ...).
-    Times (1 - t)^2/t^2 and without the normaliser this is the exact gradient of KL(p_gen,t || p_real,t) with respect to
-    x_gen; the normaliser (PRIOR: DMD, arXiv 2311.18828, eq. 8; DMD2's code) makes all t count alike instead.
+    Without the normaliser, times (1 - t)^2/t^2, and averaged over the noise, this is the exact gradient of
+    KL(p_gen,t || p_real,t) by x_gen, if both velocities are exact. The normaliser makes the times count more alike
+    instead. PRIOR: DMD's (arXiv 2311.18828, eq. 8), without its factor 1 - t, as in the code of DMD2.
     """
     x0_real = x0_from_velocity(x_t, t, v_real)
     x0_fake = x0_from_velocity(x_t, t, v_fake)
     grad = x0_fake - x0_real
     if normalize:
         scale = (x_gen - x0_real).abs().flatten(1).mean(dim=1)  # (B,)
-        grad = grad / scale.clamp_min(1e-6).reshape(-1, *[1] * (grad.ndim - 1))
+        grad = grad / expand_times(scale.clamp_min(1e-6), grad)
     return grad
 
 
@@ -138,6 +142,11 @@ def uniform(low, high, n, generator):
     return low + (high - low) * torch.rand(n, generator=generator, device=generator.device)
 
 
+def normal_like(x, generator):
+    """Unit Gaussian noise of x's shape, on x's device."""
+    return torch.randn(x.shape, generator=generator, device=x.device)
+
+
 def refine(student, teacher, draw, *, discriminator=None, steps, batch, seed, stream, name, taps=(), lambda_adv=0.1,
            lr=3e-3, lr_fake=2e-3, lr_discriminator=1e-3, fake_updates=2, log_every=100):  # fmt: skip
     """Train the student in place by L_G, with its helpers; return its average network (EMA) and rows for metrics.csv.
@@ -150,7 +159,8 @@ def refine(student, teacher, draw, *, discriminator=None, steps, batch, seed, st
     """
     device = next(student.parameters()).device
     fake = frozen_copy(teacher).requires_grad_(True)  # PAPER: the fake branch starts as the teacher
-    betas = (0.0, 0.99)  # PRIOR: no momentum between players that chase each other (Brock et al., arXiv 1809.11096)
+    # PRIOR: no momentum between players that chase each other (Brock et al., arXiv 1809.11096). OURS: 0.99
+    betas = (0.0, 0.99)
     players = [(student, lr), (fake, lr_fake)] + ([] if discriminator is None else [(discriminator, lr_discriminator)])
     optimizers = [torch.optim.Adam(net.parameters(), lr=peak, betas=betas, fused=True) for net, peak in players]
     ema, rows = frozen_copy(student), []
@@ -164,10 +174,6 @@ def refine(student, teacher, draw, *, discriminator=None, steps, batch, seed, st
     for step in bar:
         # --- training step ---
         generator = rng(seed, stream, step, device)
-
-        def normal_like(x):
-            return torch.randn(x.shape, generator=generator, device=device)
-
         for optimizer, (_, peak) in zip(optimizers, players):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak)
@@ -175,25 +181,27 @@ def refine(student, teacher, draw, *, discriminator=None, steps, batch, seed, st
         terms = {}
         for _ in range(fake_updates):
             with torch.no_grad():
-                x_gen = one_step(student, normal_like(x_data))
-            loss_fake = fake_branch_loss(fake, x_gen, normal_like(x_gen), uniform(0, 1, batch, generator))
+                x_gen = one_step(student, normal_like(x_data, generator))
+            # PRIOR: all t here, also those that the student is never asked about (DMD2's code)
+            loss_fake = fake_branch_loss(fake, x_gen, normal_like(x_gen, generator), uniform(0, 1, batch, generator))
             update(1, loss_fake)
         if discriminator is not None:
             # the last x_gen serves again: the student has not moved since, and new noise falls on it
-            noise = normal_like(torch.cat([x_data, x_gen]))
+            noise = normal_like(torch.cat([x_data, x_gen]), generator)
             t = uniform(T_MIN, T_MAX, 2 * batch, generator)
-            loss_discriminator, terms = discriminator_loss(discriminator, teacher, x_data, x_gen, noise, t, taps=taps)
-            update(2, loss_discriminator)
-        eps, noise, t = normal_like(x_data), normal_like(x_data), uniform(T_MIN, T_MAX, batch, generator)
+            loss_d, terms = discriminator_loss(discriminator, teacher, x_data, x_gen, noise, t, taps=taps)
+            update(2, loss_d)
+        eps, noise = normal_like(x_data, generator), normal_like(x_data, generator)
+        t = uniform(T_MIN, T_MAX, batch, generator)
         loss, x_gen, generator_terms = generator_loss(
             student, teacher, fake, discriminator, eps, noise, t, lambda_adv=lambda_adv, taps=taps)  # fmt: skip
         update(0, loss)
         update_ema(ema, student, step)
         # --- bookkeeping ---
-        check_finite(f"{name}, seed {seed}, step {step}", loss=loss, loss_fake=loss_fake)
+        losses = {"loss": loss, "loss_fake": loss_fake} | ({} if discriminator is None else {"loss_d": loss_d})
+        check_finite(f"{name}, seed {seed}, step {step}", **losses)
         if step % log_every == 0 or step == steps - 1:
-            terms = {**terms, **generator_terms, "loss": loss, "loss_fake": loss_fake,
-                     "gen_mean": x_gen.mean(), "gen_std": x_gen.std()}  # fmt: skip
+            terms = {**losses, **terms, **generator_terms, "gen_mean": x_gen.mean(), "gen_std": x_gen.std()}
             rows.append({"network": name, "seed": seed, "step": step, **{k: v.item() for k, v in terms.items()}})
-            bar.set_postfix(grad_dmd=f"{rows[-1]['grad_dmd']:.3g}", loss_fake=f"{rows[-1]['loss_fake']:.3g}", refresh=False)
+            bar.set_postfix(grad_dmd=f"{rows[-1]['grad_dmd']:.3g}", refresh=False)
     return ema, rows

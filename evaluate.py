@@ -667,7 +667,7 @@ def main(argv=None):
     add("--out", type=Path, default=Path("runs/evaluate"), help="folder for results.json and features (%(default)s)")
     add("--inception-weights", type=Path, metavar="FILE", help="a local copy; else fetched once into torch.hub's cache")
     add("--resize", choices=("tf1", "torch"), default="tf1", help="tf1: ADM's rule, torch: pytorch-fid's (%(default)s)")
-    add("--glyphs", type=whole_number(2, 10**6), default=10_000, metavar="N", help="how many glyphs to draw (%(default)s)")
+    add("--glyphs", type=whole_number(2, 10**6), default=10_000, metavar="N", help="glyphs to draw (%(default)s)")
     add("--batch", type=whole_number(1, 4096), default=32, help="images in one pass, 1 .. 4096 (%(default)s)")
     add("--device", choices=devices, default=devices[0], help="what runs Inception (%(default)s)")
     add("--allow-small", action="store_true", help="score fewer than 2,048 images, for a rough look")

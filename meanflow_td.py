@@ -23,8 +23,8 @@ What this stage leaves behind: at t = 1 the map from noise to data is steep wher
 A network of finite size rounds these cliffs off, and samples fall between the modes; toy2d.py measures it. Stage 2,
 dmd_refine.py, starts from there.
 
-Departures: the time sampling of the toy and p, see `draw_times` and `meanflow_loss`. The functions here are called by
-toy2d.py (run `python toy2d.py`).
+Departures from MeanFlow: which times are drawn (`draw_times`), and a teacher's velocity in the place of eps - x_0. The
+functions here are called by toy2d.py: run `python toy2d.py`.
 """
 
 import math
@@ -32,7 +32,7 @@ import math
 import torch
 
 from data import progress, rng
-from models import add_noise, frozen_copy, update_ema
+from models import add_noise, expand_times, frozen_copy, update_ema
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -42,8 +42,8 @@ from models import add_noise, frozen_copy, update_ema
 def draw_times(batch, generator, *, share_spans=0.75, share_to_data=0.3):
     """Times r <= t, each (batch,): the first share_spans of the rows span r < t, the others have r = t.
 
-    The spans alone need du/dt; the others tie u to the teacher's velocity, which the identity starts from. Of the spans,
-    share_to_data reach down to r = 0, as every one-step sample does.
+    The spans alone need du/dt; the others tie u to the teacher's velocity, which the identity starts from. Of the
+    spans, share_to_data reach down to r = 0, as every one-step sample does.
     """
     # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447), we draw uniformly, because a
     # one-step sample starts at t = 1 and ends at r = 0, which logit-normal times all but never reach.
@@ -82,9 +82,8 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
             # du/dt = v . grad_x u + d_t u : the tangents are (v, 1) for (x, t)
             tangents = (v[rows].detach(), torch.ones_like(t_rows))
             _, du_dt[rows] = torch.func.jvp(u_along_path, (x_rows, t_rows), tangents)
-    span = (t - r).reshape(-1, *[1] * (v.ndim - 1))
     # u_target = v - (t - r) du/dt
-    return (v - span * du_dt).detach(), du_dt
+    return (v - expand_times(t - r, v) * du_dt).detach(), du_dt
 
 
 def adaptive_mean(err, p, c):
@@ -97,8 +96,10 @@ def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2, watch=None):
 
     Arguments as in `meanflow_target`. Returns the scalar loss and err (B,), the raw squared error summed over all but
     the first dimension: watch err, for at p = 1 the weighted loss is about 1 whatever the student does.
-    p, c: the weight 1/(err + c)^p, without gradient. PRIOR: p = 1, c = 1e-2 (MeanFlow). p = 1 suits a deterministic
-    target only: with noisy targets it fits the mode, not the mean, so teacher and fake branch use p = 0.
+    p, c: the weight 1/(err + c)^p, without gradient. PRIOR: p = 1, c = 1e-2 (MeanFlow's official code). With a noisy
+    target of few dimensions, p = 1 fits the mode and not the mean: in 1D a true mean of 0.4 was fitted as 0.99. So the
+    teacher and the fake branch use p = 0. (MeanFlow itself trains on noisy targets with p = 1, but in thousands of
+    dimensions, where the error of all rows is about the same and the weight changes little.)
     watch: a dict that receives du_dt, its mean norm over the rows with r < t. It decides whether training is stable.
     """
     u_target, du_dt = meanflow_target(u_theta, x_t, v, r=r, t=t, y=y)
@@ -109,16 +110,17 @@ def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2, watch=None):
     return adaptive_mean(err, p, c), err
 
 
-def flow_matching_loss(v_theta, x_t, v, *, t, y=None):
-    """Conditional flow matching (Lipman et al., arXiv 2210.02747): MeanFlow's loss with r = t and p = 0.
+def flow_matching_loss(v_theta, x_t, v, *, t, y=None, p=0.0):
+    """Conditional flow matching (Lipman et al., arXiv 2210.02747): MeanFlow's loss with r = t and, by default, p = 0.
 
-    v_theta(x_t, t=t) -> (B, ...) is a network with one time. Returns the scalar loss and err (B,).
+    v_theta(x_t, t=t) -> (B, ...) is a network with one time. p: as in `meanflow_loss`. Returns the scalar loss and
+    err (B,).
     """
 
     def u_theta(x_t, *, t, r, **label):  # r = t: the average velocity over nothing is the velocity
         return v_theta(x_t, t=t, **label)
 
-    return meanflow_loss(u_theta, x_t, v, r=t, t=t, y=y, p=0.0)
+    return meanflow_loss(u_theta, x_t, v, r=t, t=t, y=y, p=p)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,12 +170,12 @@ def sample_ode(velocity, eps, y=None, steps=100):
 
 
 def learning_rate(step, steps, peak, warmup=100):
-    """A linear rise over the first `warmup` steps, then half a cosine from `peak` to 0 at the last of `steps` steps."""
+    """Half a cosine from `peak` to almost 0 at the last of `steps` steps, times a linear rise over the first `warmup`."""
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def check_finite(where, **terms):
-    """Raise FloatingPointError, naming the place and the term, if one of these scalar tensors is not a finite number."""
+    """Raise FloatingPointError, naming the place and the term, if one of these scalar tensors is NaN or infinite."""
     for name, value in terms.items():
         if not torch.isfinite(value):
             raise FloatingPointError(f"{where}: {name} is {value.item()}. A lower learning rate may help.")
@@ -208,6 +210,7 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, log_eve
     row every `log_every` steps. Raises FloatingPointError when the loss is not finite.
     """
     device = next(net.parameters()).device
+    # OURS: 0.99, a memory of 100 steps; MeanFlow has 0.95. TD of the toy did not care (0.95, 0.99, 0.999, one seed)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
     ema, rows = frozen_copy(net), []
     bar = progress(range(steps), name)

@@ -103,8 +103,8 @@ def test_the_target_and_the_weight_are_held_fixed():
 
 
 MUTATIONS = {
-    "sign": [("(v - span * du_dt)", "(v + span * du_dt)")],
-    "factor": [("(v - span * du_dt)", "(v - du_dt)")],
+    "sign": [("(v - expand_times(t - r, v) * du_dt)", "(v + expand_times(t - r, v) * du_dt)")],
+    "factor": [("(v - expand_times(t - r, v) * du_dt)", "(v - du_dt)")],
     "tangent of x": [("tangents = (v[rows].detach(), torch", "tangents = (torch.zeros_like(v[rows]), torch")],
     "tangent of t": [("torch.ones_like(t_rows))", "torch.zeros_like(t_rows))")],
     "stop-gradient": [("with torch.no_grad():  # the target", "if True:  # the target"),
@@ -267,6 +267,8 @@ def test_heun_is_of_second_order():
               for n in (20, 40)]  # fmt: skip
     assert errors[1] < 1e-2
     assert 3.5 < errors[0] / errors[1] < 4.5
+    euler = broken(meanflow_td, ("(v_t + v_s) / (2 * steps)", "v_t / steps"))
+    assert (euler.sample_ode(GaussianFlow().velocity, eps, steps=40) - (MEAN + STD * eps)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("sampler", [meanflow_td.sample, meanflow_td.sample_ode])
@@ -286,13 +288,13 @@ def test_training_is_the_same_twice_and_stops_at_a_number_that_is_none():
             torch.manual_seed(0)
             net = VelocityMLP(2, 8, 1)
         objective = meanflow_td.teacher_objective
-        return meanflow_td.train(net, draw, objective, steps=3, batch=16, lr=1e-3, seed=0, stream="t")
+        return meanflow_td.train(net, draw, objective, steps=3, batch=16, lr=1e-3, seed=0, stream="t", name="t")
 
     draw = MIXTURE.draw
     (a, rows_a), (b, rows_b) = run(lambda n, g: draw(n, g).float()), run(lambda n, g: draw(n, g).float())
     assert rows_a == rows_b and len(rows_a) == 2
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
-    with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
+    with pytest.raises(FloatingPointError, match="t, seed 0, step 0: loss is nan"):
         run(lambda n, g: torch.full((n, 2), float("nan")))
 
 
