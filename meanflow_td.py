@@ -170,7 +170,7 @@ def sample_ode(velocity, eps, y=None, steps=100):
 
 
 def learning_rate(step, steps, peak, warmup=100):
-    """Half a cosine from `peak` to almost 0 at the last of `steps` steps, times a linear rise over the first `warmup`."""
+    """Half a cosine from `peak` to almost 0 at the last of `steps`, times a linear rise over the first `warmup`."""
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 

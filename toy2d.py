@@ -19,7 +19,7 @@ same command again goes on where it was stopped, or only redraws.
 The toy calls the losses, samplers and loops of the other files and has no second version of any. The paper's Fig. 3
 asks the same question (PAPER: quality of TD rises with size, 50 times the size does not close the gap); its data and
 sizes are not told, so density, networks and budget here are OURS. One thing is other than with images: the tokens that
-the discriminator weighs are the teacher's hidden layers, not places, so attention against mean pooling says little here.
+the discriminator weighs are the teacher's hidden layers, not places: attention against mean pooling says little here.
 """
 
 import argparse
