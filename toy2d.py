@@ -4,7 +4,8 @@
     python toy2d.py --quick      all of it, small           python toy2d.py --unify       three methods, one function
 
 It leaves runs/toy2d/ with bottleneck.png, story.png, results.json and metrics.csv, and a table on the terminal. The
-same command again goes on where it was stopped, or only redraws.
+same command again goes on where it was stopped, or only redraws. Measured on 2 cores of an AMD EPYC: 12.4 minutes for
+one seed, 29.4 for three, 2.3 for --unify, 13 seconds for --quick.
 
 1. A teacher learns the velocity field of a density by flow matching; Heun's method with 100 steps (200 calls) samples.
 2. The bottleneck. Students of many sizes learn the teacher's average velocity by MeanFlow (TD, meanflow_td.py) and
@@ -416,6 +417,7 @@ def save(figure, path):
 def style_axes(axis, ylabel, log=True):
     axis.set_xscale("log")
     axis.set_yscale("log" if log else "linear")
+    axis.xaxis.set_minor_formatter("")  # else the numbers between the powers of ten overlap
     axis.set_xlabel("parameters of the student")
     axis.set_ylabel(ylabel)
     axis.grid(alpha=0.3)
@@ -425,10 +427,10 @@ def plot_bottleneck(path, results):
     """bottleneck.png: the quality of one step against the student's size, with the teacher as the floor."""
     groups = grouped(results, "story")
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    panels = [("replay_error", "replay error\n(squared distance to the teacher's sample)", True),
-              ("sliced_w2", "sliced Wasserstein-2 to the data", True),
-              ("share_inside", "share of samples inside the support", False)]  # fmt: skip
-    for axis, (key, label, log) in zip(axes, panels):
+    panels = [("replay_error", "replay error\n(squared distance to the teacher's sample)", True, "center right"),
+              ("sliced_w2", "sliced Wasserstein-2 to the data", True, "upper right"),
+              ("share_inside", "share of samples inside the support", False, "center left")]  # fmt: skip
+    for axis, (key, label, log, corner) in zip(axes, panels):
         draw_curve(axis, groups, ["TD"], key, color=BLUE, marker="o", label="TD, 1 call")
         draw_curve(axis, groups, ["TD, trained twice as long"], key, color=BLUE, marker="o", mfc="white", ls="none",
                    label="TD, trained twice as long")  # fmt: skip
@@ -441,7 +443,7 @@ def plot_bottleneck(path, results):
             data = groups["data against data", 0]
             axis.axhline(np.mean([row[key] for row in data]), color=GREY, ls=":", label="data against data")
         style_axes(axis, label, log)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc=corner)
     figure.suptitle("One-step students of one teacher, against their size")
     save(figure, path)
 
