@@ -364,7 +364,6 @@ def unify(run, judge, plan, seed, device):
 # Pictures and tables
 # ---------------------------------------------------------------------------------------------------------------------
 
-REPLAY_FLOOR = "teacher at half against all of its steps"
 ORANGE, BLUE, GREEN, GREY = "#d55e00", "#0072b2", "#009e73", "#777777"  # Okabe and Ito's colours for all eyes
 
 
@@ -426,24 +425,24 @@ def style_axes(axis, ylabel, log=True):
 def plot_bottleneck(path, results):
     """bottleneck.png: the quality of one step against the student's size, with the teacher as the floor."""
     groups = grouped(results, "story")
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    panels = [("replay_error", "replay error\n(squared distance to the teacher's sample)", True, "center right"),
-              ("sliced_w2", "sliced Wasserstein-2 to the data", True, "upper right"),
-              ("share_inside", "share of samples inside the support", False, "center left")]  # fmt: skip
-    for axis, (key, label, log, corner) in zip(axes, panels):
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), constrained_layout=True)
+    panels = [("replay_error", "replay error\n(squared distance to the teacher's sample)", True),
+              ("sliced_w2", "sliced Wasserstein-2 to the data", True),
+              ("share_inside", "share of samples inside the support", False)]  # fmt: skip
+    for axis, (key, label, log) in zip(axes, panels):
         draw_curve(axis, groups, ["TD"], key, color=BLUE, marker="o", label="TD, 1 call")
         draw_curve(axis, groups, ["TD, trained twice as long"], key, color=BLUE, marker="o", mfc="white", ls="none",
                    label="TD, trained twice as long")  # fmt: skip
         draw_curve(axis, groups, ["HD: TD + DMD + AWD"], key, color=ORANGE, marker="*", ms=16, ls="none",
                    label="hierarchical distillation, 1 call")  # fmt: skip
         teacher = next(rows for (what, _), rows in groups.items() if what == "teacher")
-        floor = REPLAY_FLOOR if key == "replay_error" else f"teacher, {teacher[0]['nfe']} calls"
-        axis.axhline(np.mean([row[key] for row in teacher]), color="black", ls="--", label=floor)
+        axis.axhline(np.mean([row[key] for row in teacher]), color="black", ls="--",
+                     label=f"teacher, {teacher[0]['nfe']} calls (left: half against all of its steps)")  # fmt: skip
         if key == "sliced_w2":
             data = groups["data against data", 0]
             axis.axhline(np.mean([row[key] for row in data]), color=GREY, ls=":", label="data against data")
         style_axes(axis, label, log)
-        axis.legend(fontsize=8, loc=corner)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.suptitle("One-step students of one teacher, against their size")
     save(figure, path)
 
@@ -465,7 +464,7 @@ def plot_unified(path, results):
     for road, colour, marker in [("MeanFlow", BLUE, "o"), ("consistency", ORANGE, "s"), ("progressive", GREEN, "^")]:
         draw_curve(axis, groups, [road], "replay_error", color=colour, marker=marker, label=f"{road} distillation")
     teacher = [row["replay_error"] for row in results if row["what"] == "teacher"]
-    axis.axhline(np.mean(teacher), color="black", ls="--", label=REPLAY_FLOOR)
+    axis.axhline(np.mean(teacher), color="black", ls="--", label="teacher at half against all of its steps")
     style_axes(axis, "squared distance of u(eps, 0, 1)\nfrom the exact average velocity")
     axis.set_title("Three distillations of one teacher, against the student's size")
     axis.legend(fontsize=8)
