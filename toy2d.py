@@ -526,6 +526,13 @@ def parse_arguments(arguments):
     return parser, args
 
 
+def configuration(data, plan):
+    """What config.json holds: all that two runs must share to share a folder."""
+    return {"script": "toy2d.py", "data": data, **plan, "depth": DEPTH, "taps": TAPS, "teacher_width": TEACHER_WIDTH,
+            "teacher_batch": TEACHER_BATCH, "batch": BATCH, "lr_teacher": LR_TEACHER,
+            "lr_td": {width: td_rate(width) for width in plan["widths"]}}  # fmt: skip
+
+
 def main(arguments=None):
     parser, args = parse_arguments(arguments)
     plan = dict(PLANS["quick" if args.quick else "default"])
@@ -533,9 +540,7 @@ def main(arguments=None):
     plan |= {key: steps for key, steps in given.items() if steps is not None}
     name = "-".join(["toy2d"] + [args.data] * (args.data != "checkerboard") + ["quick"] * args.quick)
     try:
-        constants = dict(depth=DEPTH, taps=TAPS, teacher_width=TEACHER_WIDTH, teacher_batch=TEACHER_BATCH, batch=BATCH,
-                         lr_teacher=LR_TEACHER, lr_td={width: td_rate(width) for width in plan["widths"]})  # fmt: skip
-        run = RunFolder(args.out or f"runs/{name}", {"script": "toy2d.py", "data": args.data, **plan, **constants})
+        run = RunFolder(args.out or f"runs/{name}", configuration(args.data, plan))
         device = torch.device(args.device)
         for seed in range(args.seed, args.seed + args.seeds):
             judge = Judge(DENSITIES[args.data](), plan["samples"], device)

@@ -114,8 +114,8 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     (["--seeds", "0"], "'0' is not a whole number in 1"),
     (["--seed", "-1"], "'-1' is not a whole number in 0"),
     (["--device", "warp"], "--device warp can't be used here"),
-    (["--out", "FILE"], "can't make the run folder"),
-    (["--out", "FILE/below"], "can't make the run folder"),
+    (["--out", "FILE"], "name another run folder with --out"),
+    (["--out", "FILE/below"], "name another run folder with --out"),
     (["--out", "OTHER"], "is no run folder, but it is not empty"),
     (["--out", "RINGS"], "holds a run of another configuration (data = 'rings' there and 'checkerboard' now)"),
 ])  # fmt: skip
@@ -126,7 +126,7 @@ def test_a_mistake_gets_one_sentence(tmp_path, capsys, arguments, sentence):
     (tmp_path / "FILE").write_text("mine")
     (tmp_path / "OTHER").mkdir()
     (tmp_path / "OTHER" / "mine.txt").write_text("mine")
-    RunFolder(tmp_path / "RINGS", {"script": "toy2d.py", "data": "rings", **toy2d.PLANS["quick"]})
+    RunFolder(tmp_path / "RINGS", toy2d.configuration("rings", toy2d.PLANS["quick"]))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     if arguments[0] == "--out":
         arguments = ["--out", str(tmp_path / arguments[1])]
