@@ -33,7 +33,7 @@ def test_with_equal_keys_attention_is_the_mean():
 
 
 def check_plain_formula(module):
-    """The head, written out as DESIGNed: every key and every value, and one sum."""
+    """The head, written out plainly: every key and every value, and one sum."""
     attention, mean, tokens = pair(module)
     head = attention.heads[0]
     f = head.norm_tokens(tokens)
