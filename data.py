@@ -592,6 +592,8 @@ class RunFolder:
         there = self.path / "config.json"
         if there.exists():
             old = read_json(there)
+            if not isinstance(old, dict):
+                raise BadInput(f"{there} is not the configuration of a run: name another folder with --out")
             changed = [key for key in sorted(old.keys() | config.keys()) if old.get(key) != config.get(key)]
             if changed:
                 was = ", ".join(f"{key} = {old.get(key)!r} there and {config.get(key)!r} now" for key in changed)

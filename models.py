@@ -109,7 +109,7 @@ class VelocityMLP(nn.Module):
         if self.two_times:
             # OURS: minus the features of no duration, so that at r = t this part is silent and the network is a
             # velocity field. Left in, their cosines of 1 act as a second bias: sliced W2 of a TD student 0.20 instead
-            # of 0.08 (checkerboard, width 64, 3,000 steps at 1e-3, one seed).
+            # of 0.08 (by hand, on a prototype: checkerboard, width 64, 3,000 steps at 1e-3, one seed).
             duration = sinusoids((t - r)[:, None], self.time_frequencies)
             none = sinusoids(torch.zeros_like(t)[:, None], self.time_frequencies)
             time = time + self.embed_duration(duration - none)

@@ -368,7 +368,7 @@ ORANGE, BLUE, GREEN, GREY = "#d55e00", "#0072b2", "#009e73", "#777777"  # Okabe 
 
 
 def mean_std(values):
-    """"0.123 +- 0.004", or the number alone where there is one."""
+    """The mean and the standard deviation of some numbers as text, 0.1230 +- 0.0040; of one number, the number."""
     spread = f" +- {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
     return f"{np.mean(values):.4f}{spread}"
 

@@ -247,6 +247,11 @@ def test_run_folders_that_can_not_be_used(tmp_path, monkeypatch):
     (tmp_path / "other" / "thesis.tex").write_text("mine")
     with pytest.raises(BadInput, match="no run folder.*--out"):
         RunFolder(tmp_path / "other", {})
+    (tmp_path / "list").mkdir()
+    for damaged in ("[1, 2]", '{"data": '):
+        (tmp_path / "list" / "config.json").write_text(damaged)
+        with pytest.raises(BadInput, match="config.json"):
+            RunFolder(tmp_path / "list", {})
     RunFolder(tmp_path / "run", {"data": "rings", "sizes": (1, 2)})
     RunFolder(tmp_path / "run", {"data": "rings", "sizes": (1, 2)})  # the same again is fine
     with pytest.raises(BadInput, match="data = 'rings' there and 'spirals' now"):
