@@ -99,9 +99,12 @@ def whole_number(low, high=2**31):
     return parse
 
 
-def progress(items, label):
-    """A tqdm bar over `items`, gone when done; a plain line now and then where nobody looks at a terminal."""
-    return tqdm(items, desc=label, leave=False, mininterval=0.2 if sys.stderr.isatty() else 30)
+def progress(items, label, done=0):
+    """A tqdm bar over `items`, gone when done; a plain line now and then where nobody looks at a terminal.
+
+    done: how many of them an earlier process has done; the bar stands there at the start."""
+    return tqdm(items, desc=label, initial=done, total=done + len(items), leave=False,
+                mininterval=0.2 if sys.stderr.isatty() else 30)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -569,6 +572,14 @@ class Glyphs:
         """uint8 (len(indices), size, size, 1)."""
         return self.batch(indices)[0]
 
+    def draw(self, batch, generator):
+        """A batch for training: x_0 (batch, 1, size, size) in [-1, 1] and labels (batch,), on the generator's device."""
+        # the images behind a random place: neighbours share a block of random numbers, and 2^40 blocks never run out
+        block = torch.randint(2**40, (1,), generator=generator, device=generator.device).item()
+        start = block * DRAWS_PER_BLOCK
+        images, labels = self.batch(range(start, start + batch))
+        return to_float(images).to(generator.device), torch.from_numpy(labels).to(generator.device)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run folder
@@ -578,8 +589,9 @@ class Glyphs:
 class RunFolder:
     """runs/<name>/: config.json, metrics.csv, results.json, pictures, and one checkpoint for each finished stage.
 
-    Made, with its parents, if it is not there. Raises BadInput if the path is a file or can't be written, if the folder
-    holds something that is no run, or a run of another configuration: nothing is overwritten.
+    config: {section: settings}. Scripts that work on one run share its folder and its sections; one that brings a new
+    section adds it. Made, with its parents, if it is not there. Raises BadInput if the path is a file or can't be
+    written, if the folder holds something that is no run, or a section with other settings: nothing is overwritten.
     """
 
     def __init__(self, path, config):
@@ -589,44 +601,53 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"can't make {self.path} ({error.strerror}): name another run folder with --out") from None
-        there = self.path / "config.json"
+        there, old = self.path / "config.json", {}
         if there.exists():
             old = read_json(there)
-            if not isinstance(old, dict):
+            if not isinstance(old, dict) or not all(isinstance(section, dict) for section in old.values()):
                 raise BadInput(f"{there} is not the configuration of a run: name another folder with --out")
-            changed = [key for key in sorted(old.keys() | config.keys()) if old.get(key) != config.get(key)]
-            if changed:
-                was = ", ".join(f"{key} = {old.get(key)!r} there and {config.get(key)!r} now" for key in changed)
-                raise BadInput(f"{self.path} holds a run of another configuration ({was}): name another with --out")
+            for section in config.keys() & old.keys():
+                was, now = old[section], config[section]
+                changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+                if changed:
+                    was = ", ".join(f"{key} = {was.get(key)!r} there and {now.get(key)!r} now" for key in changed)
+                    raise BadInput(f"{self.path} holds a run of another configuration (of {section}: {was}): "
+                                   "name another with --out")  # fmt: skip
         elif any(path.suffix != ".partial" for path in self.path.iterdir()):
             raise BadInput(f"{self.path} is no run folder, but it is not empty: name another folder with --out")
         try:
-            write_json(there, config)
+            write_json(there, old | config)
         except OSError as error:
             raise BadInput(f"can't write to {self.path} ({error.strerror}): name another folder with --out") from None
 
     def read(self, path):
-        """A stage's dict, or None with a warning where the file is damaged."""
+        """A file's dict, or None with a warning where it is damaged; the damaged file is kept under another name."""
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except OSError:
             raise  # the disk's trouble, not the file's
         except Exception as error:  # torch has no one type for "this file is damaged"
-            print(f"warning: {path} is damaged ({type(error).__name__})")
+            kept = path.with_name(path.name + ".damaged")
+            print(f"warning: {path} is damaged ({type(error).__name__}); kept as {kept.name}, its work is done again")
+            os.replace(path, kept)
+
+    def finished(self, name):
+        """The dict of a finished stage, or None."""
+        path = self.path / f"{name}.pt"
+        return self.read(path) if path.exists() else None
 
     def stage(self, name, compute):
-        """The dict that compute() returns: from <name>.pt if an earlier run finished this stage, else computed, saved.
+        """The dict that compute(keep) returns: from <name>.pt if an earlier run finished this stage, else computed.
 
-        The dict holds tensors, numbers, strings and containers of them: it is read back with weights_only=True, onto
-        the CPU. A damaged file is kept under another name, and its stage computed again.
+        keep: a `Keep`, with which a long stage saves itself on the way. The dict holds tensors, numbers, strings and
+        containers of them: it is read back with weights_only=True, onto the CPU.
         """
-        path = self.path / f"{name}.pt"
-        state = self.read(path) if path.exists() else None
+        state = self.finished(name)
         if state is None:
-            if path.exists():
-                os.replace(path, path.with_suffix(".damaged"))
-            state = {**compute(), "finished": time.time()}
-            write_whole(path, lambda file: torch.save(state, file))
+            keep = Keep(self, name)
+            state = {**compute(keep), "finished": time.time()}
+            write_whole(self.path / f"{name}.pt", lambda file: torch.save(state, file))
+            keep.path.unlink(missing_ok=True)
         return state
 
     def stages(self):
@@ -636,10 +657,64 @@ class RunFolder:
         return dict(sorted(whole.items(), key=lambda item: item[1]["finished"]))
 
     def write_metrics(self, rows):
-        """All rows (dicts) to metrics.csv; a column for every key, empty where a row does not have it."""
+        """Rows (dicts) to metrics.csv, in the place of those there of the same network and seed."""
+        path, comment = self.path / "metrics.csv", f"# {METRICS_COMMENT}\n"
+        new = {(row["network"], str(row["seed"])) for row in rows}
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+            old = [row for row in csv.DictReader(lines) if (row["network"], row["seed"]) not in new]
+            rows = old + rows
         text = io.StringIO()
         columns = list(dict.fromkeys(key for row in rows for key in row))
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_whole(self.path / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
+        write_whole(path, lambda file: file.write((comment + text.getvalue()).encode()))
+
+
+METRICS_COMMENT = ("loss of MeanFlow (p = 1) is about 1 by construction: watch raw_error, the squared error before it is "
+                   "weighted. A column is empty where a network does not have it.")  # fmt: skip
+
+
+class Keep:
+    """What an unfinished stage of a run saves on its way, so that a killed one goes on where it was, to the same bits.
+
+    parts: {name: anything with state_dict and load_state_dict}, all that a loop changes. Its randomness is a function
+    of the step, so there is no more to save than the parts, the number of steps done, and the rows of metrics.
+    """
+
+    EVERY = 60  # seconds between two saves: what a kill costs at most
+
+    def __init__(self, run, name):
+        self.run, self.path = run, run.path / f"{name}.unfinished"
+        self.saved = time.monotonic()
+
+    def restore(self, parts):
+        """Bring the parts to where they were saved last. -> steps done, rows; (0, []) if nothing was."""
+        state = self.run.read(self.path) if self.path.exists() else None
+        if state is None:
+            return 0, []
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["steps"], state["rows"]
+
+    def save(self, parts, steps, rows):
+        """Save the parts after `steps` steps, if the last save was long ago."""
+        if time.monotonic() - self.saved < self.EVERY:
+            return
+        state = {"steps": steps, "rows": rows, **{name: part.state_dict() for name, part in parts.items()}}
+        write_whole(self.path, lambda file: torch.save(state, file))
+        self.run.write_metrics(rows)
+        self.saved = time.monotonic()
+
+
+def save_grid(path, images, columns, zoom=4):
+    """Write uint8 images (N, H, W, C) as one picture, row by row; each pixel becomes zoom x zoom."""
+    N, H, W, C = images.shape
+    rows = -(-N // columns)
+    sheet = np.zeros((rows * columns, H, W, C), np.uint8)
+    sheet[:N] = images
+    sheet = sheet.reshape(rows, columns, H, W, C).transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, C)
+    sheet = sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: Image.fromarray(sheet.squeeze(2) if C == 1 else sheet).save(file, "png"))

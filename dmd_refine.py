@@ -24,14 +24,18 @@ What the paper does not tell: learning rates, update ratio, lambda_adv, times of
 defaults of `refine`, found on seed 0 of the 2D toy. The functions here are called by toy2d.py: run `python toy2d.py`.
 """
 
+import math
+import time
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 import torch.nn.functional as F
 
 from awd import discriminator_hinge, generator_hinge
 from data import progress, rng
-from meanflow_td import check_finite, flow_matching_loss, learning_rate
+from meanflow_td import (LOOK_EVERY, check_finite, flow_matching_loss, generate, labelled, learning_rate,
+                         student_objective)
 from models import add_noise, expand_times, frozen_copy, update_ema, x0_from_velocity
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,53 +82,47 @@ def fixed(net):
             p.requires_grad_(True)
 
 
-def one_step(student, eps):
-    """x_gen = eps - u(eps, 0, 1), with its graph: what the student makes of noise eps (B, ...) in one call."""
-    one, zero = eps.new_ones(len(eps)), eps.new_zeros(len(eps))
-    return eps - student(eps, t=one, r=zero)
+def generator_loss(teacher, fake, discriminator, x_gen, y, noise, t, *, lambda_adv, taps):
+    """L_G = L_DMD + lambda_adv L_adv for samples x_gen (B, ...) with their graph: no network but the student's gets a
+    gradient.
 
-
-def generator_loss(student, teacher, fake, discriminator, eps, noise, t, *, lambda_adv, taps):
-    """L_G = L_DMD + lambda_adv L_adv, for the student alone: no other network gets a gradient.
-
-    eps, noise (B, ...): what the student starts from, and what its sample is noised with, to the times t (B,).
+    y (B,): the samples' labels, or None. noise (B, ...): what they are noised with, to the times t (B,).
     teacher(x_t, t=t, taps=taps) -> v or (v, features), frozen. discriminator: None leaves the adversarial term out.
-    Returns the loss, x_gen and a dict of scalars to log.
+    Returns the loss and a dict of scalars to log.
     """
-    x_gen = one_step(student, eps)
     x_t = add_noise(x_gen, noise, t)
     if discriminator is None:
         with torch.no_grad():
-            v_real = teacher(x_t, t=t)
-    else:
-        v_real, features = teacher(x_t, t=t, taps=taps)  # one pass: x0_real for DMD, features for the discriminator
+            v_real = teacher(x_t, t=t, **labelled(y))
+    else:  # one pass: x0_real for DMD, features for the discriminator
+        v_real, features = teacher(x_t, t=t, taps=taps, **labelled(y))
     with torch.no_grad():
-        v_fake = fake(x_t, t=t)
+        v_fake = fake(x_t, t=t, **labelled(y))
         grad = dmd_gradient(x_gen, x_t, t=t, v_real=v_real, v_fake=v_fake)
     loss = dmd_loss(x_gen, grad)
     terms = {"grad_dmd": grad.flatten(1).norm(dim=1).mean()}
     if discriminator is not None:
         with fixed(discriminator):
             loss = loss + lambda_adv * generator_hinge(discriminator(features))
-    return loss, x_gen, terms
+    return loss, terms
 
 
-def fake_branch_loss(fake, x_gen, noise, t):
+def fake_branch_loss(fake, x_gen, y, noise, t):
     """Flow matching on the student's samples x_gen (B, ...), so that the fake branch knows their distribution."""
     x_gen = x_gen.detach()
-    loss, _ = flow_matching_loss(fake, add_noise(x_gen, noise, t), noise - x_gen, t=t)
+    loss, _ = flow_matching_loss(fake, add_noise(x_gen, noise, t), noise - x_gen, t=t, y=y)
     return loss
 
 
-def discriminator_loss(discriminator, teacher, x_data, x_gen, noise, t, *, taps):
-    """The hinge loss on the frozen teacher's features of noised data and noised samples.
+def discriminator_loss(discriminator, teacher, x_data, x_gen, y, noise, t, *, taps):
+    """The hinge loss on the frozen teacher's features of noised data and noised samples, both of labels y (B,) or None.
 
     x_data, x_gen (B, ...); noise (2B, ...) and t (2B,) for the two in this order.
     Returns the loss and a dict of scalars to log.
     """
     x_t = add_noise(torch.cat([x_data, x_gen.detach()]), noise, t)
     with torch.no_grad():
-        _, features = teacher(x_t, t=t, taps=taps)
+        _, features = teacher(x_t, t=t, taps=taps, **labelled(None if y is None else torch.cat([y, y])))
     logit_data, logit_gen = discriminator(features).chunk(2)
     loss = discriminator_hinge(logit_data, logit_gen)
     accuracy = 0.5 * ((logit_data > 0).float().mean() + (logit_gen < 0).float().mean())
@@ -147,61 +145,93 @@ def normal_like(x, generator):
     return torch.randn(x.shape, generator=generator, device=x.device)
 
 
-def refine(student, teacher, draw, *, discriminator=None, steps, batch, seed, stream, name, taps=(), lambda_adv=0.1,
-           lr=3e-3, lr_fake=2e-3, lr_discriminator=1e-3, fake_updates=2, log_every=100):  # fmt: skip
+def student_samples(student, eps, y, steps):
+    """x_gen (B, ...) with its graph. A student of 2 steps makes half of the rows in 1 and half in 2, so that it learns
+    both, and its second call is trained on the very states that its first call leaves."""
+    if steps == 1:
+        return generate(student, eps, y)
+    halves = zip(eps.chunk(steps), [None] * steps if y is None else y.chunk(steps))
+    return torch.cat([generate(student, half, labels, k + 1) for k, (half, labels) in enumerate(halves)])
+
+
+def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, seed, stream, name, taps=(),
+           lambda_adv=0.1, lambda_td=0.0, student_steps=1, lr=3e-3, lr_fake=2e-3, lr_discriminator=1e-3,
+           fake_updates=2, clip=math.inf, keep=None, look=None, log_every=100):  # fmt: skip
     """Train the student in place by L_G, with its helpers; return its average network (EMA) and rows for metrics.csv.
 
-    student: two times, from stage 1 (or from random weights, for the control). teacher: frozen, see `generator_loss`.
-    draw(batch, generator) -> x_data (batch, ...). discriminator: an awd.AdaptiveWeightedDiscriminator for the layers
-    `taps` of the teacher, or None. fake_updates: of the fake branch for each of the student's (PRIOR: DMD2's two-time-
-    scale rule, there 5; OURS: 2, since the toy's networks learn fast). Learning rates are peaks of Adam's.
-    seed, stream, name: as in `meanflow_td.train`. Raises FloatingPointError when a loss is not finite.
+    student: two times, from stage 1 (or without it, for the control). teacher: frozen, see `generator_loss`. fake: a
+    copy of it without guidance, which is trained. draw(batch, generator) -> x_data (batch, ...), y (batch,) or None.
+    discriminator: an awd.AdaptiveWeightedDiscriminator for the layers `taps` of the teacher, or None; trained in place.
+    lambda_td: weight of stage 1's loss, kept on. student_steps: 1, or 2 for a student that can do both.
+    fake_updates: of the fake branch for each of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2,
+    since these networks learn fast). Learning rates are peaks of Adam's. seed, stream, name, clip, keep: as in
+    `meanflow_td.train`; look(step, ema, fake). Raises FloatingPointError when a loss is not finite.
     """
     device = next(student.parameters()).device
-    fake = frozen_copy(teacher).requires_grad_(True)  # PAPER: the fake branch starts as the teacher
     # PRIOR: no momentum between players that chase each other (Brock et al., arXiv 1809.11096). OURS: 0.99
     betas = (0.0, 0.99)
     players = [(student, lr), (fake, lr_fake)] + ([] if discriminator is None else [(discriminator, lr_discriminator)])
     optimizers = [torch.optim.Adam(net.parameters(), lr=peak, betas=betas, fused=True) for net, peak in players]
-    ema, rows = frozen_copy(student), []
+    ema, first, rows = frozen_copy(student), 0, []
+    parts = {"ema": ema} | {f"net{i}": net for i, (net, _) in enumerate(players)}
+    parts |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
+    if keep is not None:
+        first, rows = keep.restore(parts)
 
     def update(player, loss):
+        """One step of one player; returns the norm of its gradient."""
         optimizers[player].zero_grad()
         loss.backward()
+        gradient = nn.utils.clip_grad_norm_(players[player][0].parameters(), clip)
         optimizers[player].step()
+        return gradient
 
-    bar = progress(range(steps), name)
+    bar = progress(range(first, steps), name, done=first)
     for step in bar:
+        start = time.perf_counter()
         # --- training step ---
         generator = rng(seed, stream, step, device)
         for optimizer, (_, peak) in zip(optimizers, players):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak)
-        x_data = draw(batch, generator)  # (B, ...)
+        x_data, y = draw(batch, generator)  # (B, ...), (B,)
         terms = {}
         for _ in range(fake_updates):
             with torch.no_grad():
-                x_gen = one_step(student, normal_like(x_data, generator))
+                x_gen = student_samples(student, normal_like(x_data, generator), y, student_steps)
             # PRIOR: all t here, also those that the student is never asked about (DMD2's code)
-            loss_fake = fake_branch_loss(fake, x_gen, normal_like(x_gen, generator), uniform(0, 1, batch, generator))
+            noise, t = normal_like(x_gen, generator), uniform(0, 1, batch, generator)
+            loss_fake = fake_branch_loss(fake, x_gen, y, noise, t)
             update(1, loss_fake)
         if discriminator is not None:
             # the last x_gen serves again: the student has not moved since, and new noise falls on it
             noise = normal_like(torch.cat([x_data, x_gen]), generator)
             t = uniform(T_MIN, T_MAX, 2 * batch, generator)
-            loss_d, terms = discriminator_loss(discriminator, teacher, x_data, x_gen, noise, t, taps=taps)
+            loss_d, terms = discriminator_loss(discriminator, teacher, x_data, x_gen, y, noise, t, taps=taps)
             update(2, loss_d)
         eps, noise = normal_like(x_data, generator), normal_like(x_data, generator)
         t = uniform(T_MIN, T_MAX, batch, generator)
-        loss, x_gen, generator_terms = generator_loss(
-            student, teacher, fake, discriminator, eps, noise, t, lambda_adv=lambda_adv, taps=taps)  # fmt: skip
-        update(0, loss)
+        x_gen = student_samples(student, eps, y, student_steps)
+        loss, generator_terms = generator_loss(
+            teacher, fake, discriminator, x_gen, y, noise, t, lambda_adv=lambda_adv, taps=taps)  # fmt: skip
+        if lambda_td:
+            loss_td, td_terms = student_objective(student, x_data, y, eps, generator, teacher=teacher)
+            loss, generator_terms = loss + lambda_td * loss_td, generator_terms | td_terms
+        gradient = update(0, loss)
         update_ema(ema, student, step)
         # --- bookkeeping ---
         losses = {"loss": loss, "loss_fake": loss_fake} | ({} if discriminator is None else {"loss_d": loss_d})
-        check_finite(f"{name}, seed {seed}, step {step}", **losses)
-        if step % log_every == 0 or step == steps - 1:
-            terms = {**losses, **terms, **generator_terms, "gen_mean": x_gen.mean(), "gen_std": x_gen.std()}
-            rows.append({"network": name, "seed": seed, "step": step, **{k: v.item() for k, v in terms.items()}})
-            bar.set_postfix(grad_dmd=f"{rows[-1]['grad_dmd']:.3g}", refresh=False)
+        check_finite(f"{name}, seed {seed}, step {step}", **losses, gradient=gradient)
+        last = step == steps - 1
+        if step % log_every == 0 or last:
+            terms = {**losses, **terms, **generator_terms, "gen_mean": x_gen.mean(), "gen_std": x_gen.std(),
+                     "gradient": gradient}  # fmt: skip
+            values = {k: v.item() for k, v in terms.items()}
+            seconds = round(time.perf_counter() - start, 4)
+            rows.append({"network": name, "seed": seed, "step": step, **values, "seconds_per_step": seconds})
+            bar.set_postfix(grad_dmd=f"{values['grad_dmd']:.3g}", refresh=False)
+        if look is not None and (step % LOOK_EVERY == 0 or last):
+            look(step, ema, fake)
+        if keep is not None:
+            keep.save(parts, step + 1, rows)
     return ema, rows

@@ -28,8 +28,10 @@ functions here are called by toy2d.py: run `python toy2d.py`.
 """
 
 import math
+import time
 
 import torch
+from torch import nn
 
 from data import progress, rng
 from models import add_noise, expand_times, frozen_copy, update_ema
@@ -37,6 +39,11 @@ from models import add_noise, expand_times, frozen_copy, update_ema
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def labelled(y):
+    """The keyword that carries labels y to a network; none where there are no labels, as in 2D."""
+    return {} if y is None else {"y": y}
 
 
 def draw_times(batch, generator, *, share_spans=0.75, share_to_data=0.3):
@@ -72,7 +79,7 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
     du_dt = torch.zeros_like(v)
     rows = (r < t).nonzero().squeeze(1)
     if len(rows):
-        label = {} if y is None else {"y": y[rows]}
+        label = labelled(None if y is None else y[rows])
         x_rows, r_rows, t_rows = x_t[rows].detach(), r[rows], t[rows]
 
         def u_along_path(x, time):
@@ -103,8 +110,7 @@ def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2, watch=None):
     watch: a dict that receives du_dt, its mean norm over the rows with r < t. It decides whether training is stable.
     """
     u_target, du_dt = meanflow_target(u_theta, x_t, v, r=r, t=t, y=y)
-    label = {} if y is None else {"y": y}
-    err = (u_theta(x_t, t=t, r=r, **label) - u_target).square().flatten(1).sum(dim=1)  # (B,)
+    err = (u_theta(x_t, t=t, r=r, **labelled(y)) - u_target).square().flatten(1).sum(dim=1)  # (B,)
     if watch is not None:
         watch["du_dt"] = du_dt[r < t].flatten(1).norm(dim=1).mean()
     return adaptive_mean(err, p, c), err
@@ -128,21 +134,26 @@ def flow_matching_loss(v_theta, x_t, v, *, t, y=None, p=0.0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def sample(net, eps, y=None, steps=1):
-    """The student's samples x_0 (B, ...) from noise eps (B, ...): `steps` equal jumps, one network call each.
+def generate(net, eps, y=None, steps=1):
+    """The student's samples x_0 (B, ...) from noise eps (B, ...), with their graph: what stage 2 trains through.
 
-    x_r = x_t - (t - r) u(x_t, r, t);  with steps=1 it is x_0 = eps - u(eps, 0, 1). Raises ValueError for steps < 1.
+    `steps` equal jumps x_r = x_t - (t - r) u(x_t, r, t), one network call each; with steps=1, x_0 = eps - u(eps, 0, 1).
+    Raises ValueError for steps < 1.
     """
     if steps < 1:
         raise ValueError(f"sampling takes at least 1 step, not {steps}")
-    label = {} if y is None else {"y": y}
     x = eps
     for k in range(steps):
         t = x.new_full((len(x),), 1 - k / steps)
         r = x.new_full((len(x),), 1 - (k + 1) / steps)
-        x = x - net(x, t=t, r=r, **label) / steps
+        x = x - net(x, t=t, r=r, **labelled(y)) / steps
     return x
+
+
+@torch.no_grad()
+def sample(net, eps, y=None, steps=1):
+    """`generate` without a graph: the student's samples x_0 (B, ...) from noise eps (B, ...)."""
+    return generate(net, eps, y, steps)
 
 
 @torch.no_grad()
@@ -153,13 +164,12 @@ def sample_ode(velocity, eps, y=None, steps=100):
     """
     if steps < 1:
         raise ValueError(f"sampling takes at least 1 step, not {steps}")
-    label = {} if y is None else {"y": y}
     x = eps
     for k in range(steps):
         t = x.new_full((len(x),), 1 - k / steps)
         s = x.new_full((len(x),), 1 - (k + 1) / steps)
-        v_t = velocity(x, t=t, **label)
-        v_s = velocity(x - v_t / steps, t=s, **label)
+        v_t = velocity(x, t=t, **labelled(y))
+        v_s = velocity(x - v_t / steps, t=s, **labelled(y))
         x = x - (v_t + v_s) / (2 * steps)
     return x
 
@@ -181,55 +191,81 @@ def check_finite(where, **terms):
             raise FloatingPointError(f"{where}: {name} is {value.item()}. A lower learning rate may help.")
 
 
-def teacher_objective(net, x_0, eps, generator):
-    """Stage 0 for a batch of data and noise (B, ...): flow matching on eps - x_0. Returns the loss and terms to log."""
+def teacher_objective(net, x_0, y, eps, generator, *, null_class=None):
+    """Stage 0 for a batch of data and noise (B, ...), labels y (B,) or None: flow matching on eps - x_0.
+
+    null_class: the label that takes the place of one in ten, so that the network also knows the velocity of all classes
+    together, which guidance needs (Ho & Salimans, arXiv 2207.12598). Returns the loss and terms to log.
+    """
     # OURS: uniform times. The edges of a density are drawn at small t, which logit-normal times seldom see.
     t = torch.rand(len(x_0), generator=generator, device=x_0.device)
+    if null_class is not None:
+        dropped = torch.rand(len(x_0), generator=generator, device=x_0.device) < 0.1  # PRIOR: DiT's share
+        y = torch.where(dropped, null_class, y)
     v = eps - x_0  # noisy: its mean given x_t is the velocity field, and so p = 0
-    loss, err = flow_matching_loss(net, add_noise(x_0, eps, t), v, t=t)
+    loss, err = flow_matching_loss(net, add_noise(x_0, eps, t), v, t=t, y=y)
     return loss, {"raw_error": err.mean()}
 
 
-def student_objective(net, x_0, eps, generator, *, teacher):
-    """Stage 1 for a batch of data and noise (B, ...): MeanFlow on the frozen teacher(x_t, t=t) -> v (B, ...)."""
+def student_objective(net, x_0, y, eps, generator, *, teacher=None):
+    """Stage 1 for a batch of data and noise (B, ...), labels y (B,) or None: MeanFlow on the teacher's velocity.
+
+    teacher(x_t, t=t) -> v (B, ...), frozen, called with y=y too if there are labels; guidance is its own affair. None:
+    MeanFlow from scratch, on eps - x_0 (PRIOR: arXiv 2505.13447). Returns the loss and terms to log.
+    """
     terms = {}
     r, t = draw_times(len(x_0), generator)
     x_t = add_noise(x_0, eps, t)
     with torch.no_grad():
-        v = teacher(x_t, t=t)  # deterministic
-    loss, err = meanflow_loss(net, x_t, v, r=r, t=t, watch=terms)
-    return loss, {**terms, "raw_error": err.mean()}
+        # deterministic with a teacher, one noisy draw of it without
+        v = eps - x_0 if teacher is None else teacher(x_t, t=t, **labelled(y))
+    loss, err = meanflow_loss(net, x_t, v, r=r, t=t, y=y, watch=terms)
+    return loss, {**terms, "raw_error": err.mean(), "v_error": err[r == t].mean()}
 
 
-def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, log_every=100):
+def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=math.inf, keep=None, look=None,
+          log_every=100):  # fmt: skip
     """Train `net` in place and return its average network (EMA) and a list of rows for metrics.csv.
 
-    draw(batch, generator) -> x_0 (batch, ...). objective(net, x_0, eps, generator) -> loss, terms: one of those above.
-    steps, batch: integers >= 1; lr: the peak of Adam's learning rate. seed, stream: what the randomness of each step is
-    made from; networks that are to be compared share them. name: what the bar and the rows call this network, with a
-    row every `log_every` steps. Raises FloatingPointError when the loss is not finite.
+    draw(batch, generator) -> x_0 (batch, ...), labels y (batch,) or None. objective(net, x_0, y, eps, generator) ->
+    loss, terms: one of those above. steps, batch: integers >= 1; lr: the peak of Adam's learning rate. seed, stream:
+    what the randomness of each step is made from; networks that are to be compared share them. name: what the bar and
+    the rows call this network, with a row every `log_every` steps. clip: the gradient's greatest norm. keep: a data.Keep, and a killed training goes on.
+    look(step, ema): called now and then, to draw samples. Raises FloatingPointError when the loss is not finite.
     """
     device = next(net.parameters()).device
     # OURS: 0.99, a memory of 100 steps; MeanFlow has 0.95. TD of the toy did not care (0.95, 0.99, 0.999, one seed)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
-    ema, rows = frozen_copy(net), []
-    bar = progress(range(steps), name)
+    ema, first, rows = frozen_copy(net), 0, []
+    parts = {"net": net, "ema": ema, "optimizer": optimizer}
+    if keep is not None:
+        first, rows = keep.restore(parts)
+    bar = progress(range(first, steps), name, done=first)
     for step in bar:
+        start = time.perf_counter()
         # --- training step ---
         generator = rng(seed, stream, step, device)
-        x_0 = draw(batch, generator)  # (B, ...)
+        x_0, y = draw(batch, generator)  # (B, ...), (B,)
         eps = torch.randn(x_0.shape, generator=generator, device=device)
-        loss, terms = objective(net, x_0, eps, generator)
+        loss, terms = objective(net, x_0, y, eps, generator)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         optimizer.zero_grad()
         loss.backward()
+        gradient = nn.utils.clip_grad_norm_(net.parameters(), clip)  # the norm that it had
         optimizer.step()
         update_ema(ema, net, step)
         # --- bookkeeping ---
-        check_finite(f"{name}, seed {seed}, step {step}", loss=loss)
-        if step % log_every == 0 or step == steps - 1:
-            values = {name: value.item() for name, value in {"loss": loss, **terms}.items()}
-            rows.append({"network": name, "seed": seed, "step": step, **values})
+        check_finite(f"{name}, seed {seed}, step {step}", loss=loss, gradient=gradient)
+        last = step == steps - 1
+        if step % log_every == 0 or last:
+            terms = {"loss": loss, **terms, "gradient": gradient}
+            values = {name: value.item() for name, value in terms.items()}
+            seconds = round(time.perf_counter() - start, 4)
+            rows.append({"network": name, "seed": seed, "step": step, **values, "seconds_per_step": seconds})
             bar.set_postfix(raw_error=f"{values['raw_error']:.3g}", refresh=False)
+        if look is not None and (step % LOOK_EVERY == 0 or last):
+            look(step, ema)
+        if keep is not None:
+            keep.save(parts, step + 1, rows)
     return ema, rows
