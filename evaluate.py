@@ -632,7 +632,10 @@ CLOUD_ROWS = 5000  # images whose features make the clouds of precision and reca
 
 class GlyphClassifier(nn.Module):
     """Three convolutions, the mean over their last pixels, one linear layer. images (B, 1, size, size) in [-1, 1] ->
-    features (B, 96) >= 0, where the Frechet distance, precision and recall are measured; logits (B, 10)."""
+    features (B, 96), where the Frechet distance, precision and recall are measured; logits (B, 10).
+
+    OURS: group norm and GELU. With batch norm and ReLU the same recipe was as accurate on glyphs, but lost its head on
+    images only somewhat unlike them: of blurred ones it knew 0.10 for 0.68, so that nothing separated bad from worse."""
 
     def __init__(self, size):
         super().__init__()
@@ -640,7 +643,7 @@ class GlyphClassifier(nn.Module):
         for c_in, c_out, stride in ((1, 32, first), (32, 64, 2), (64, 96, 2)):
             kernel = 2 * stride + 1 if c_in == 1 else 3  # no pixel is left out
             conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
-            layers += [conv, nn.BatchNorm2d(c_out), nn.ReLU()]
+            layers += [conv, nn.GroupNorm(8, c_out), nn.GELU()]
         self.body, self.head = nn.Sequential(*layers), nn.Linear(96, 10)
         self.to(memory_format=torch.channels_last)
 
@@ -650,7 +653,7 @@ class GlyphClassifier(nn.Module):
 
 
 def train_classifier(size, steps=400, batch=128, peak=3e-3):
-    """-> GlyphClassifier in eval mode, and its accuracy on 5,000 held-out glyphs. No image is seen twice.
+    """-> GlyphClassifier and its accuracy on 5,000 held-out glyphs. No image is seen twice.
 
     Adam, a cosine to zero after a linear rise, no augmentation. The weights are a function of the arguments, to the
     bit, on one machine with one number of threads."""
@@ -667,7 +670,7 @@ def train_classifier(size, steps=400, batch=128, peak=3e-3):
         loss.backward()
         optimizer.step()
     images, labels = held_out_glyphs(size, 5000, CLASSIFIER_SEED)
-    correct = classify(net.eval(), images)[1].argmax(1) == labels
+    correct = classify(net, images)[1].argmax(1) == labels
     return net, correct.double().mean().item()
 
 
@@ -724,7 +727,7 @@ class GlyphJudge:
     held_out_glyphs(size, N, another seed). Raises ValueError on other shapes, and on NaN or infinity."""
 
     def __init__(self, classifier, size, count=10_000, seed=0):
-        self.classifier, self.size, self.count, self.seed = models.frozen_copy(classifier).eval(), size, count, seed
+        self.classifier, self.size, self.count, self.seed = models.frozen_copy(classifier), size, count, seed
         state = self.classifier.state_dict()
         self.sha = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in state.values())).hexdigest()[:8]
         images, _ = held_out_glyphs(size, count, seed)
