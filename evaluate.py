@@ -27,6 +27,7 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 import hashlib
 import http.client
+import itertools
 import json
 from pathlib import Path
 import pickle
@@ -634,11 +635,12 @@ class GlyphClassifier(nn.Module):
     """Three convolutions, the mean over their last pixels, one linear layer. images (B, 1, size, size) in [-1, 1] ->
     features (B, 96), where the Frechet distance, precision and recall are measured; logits (B, 10).
 
-    OURS: group norm and GELU. With batch norm and ReLU the same recipe was as accurate on glyphs, but lost its head on
-    images only somewhat unlike them: of blurred ones it knew 0.10 for 0.68, so that nothing separated bad from worse."""
+    OURS: group norm and GELU. With batch norm and ReLU the same recipe knew glyphs as well, but lost its head on images
+    somewhat unlike them: of 16 px glyphs blurred by (1 2 1) it knew 0.10 for 0.68, and bad looked like worse."""
 
     def __init__(self, size):
         super().__init__()
+        self.size = size
         first, layers = max(1, size // 16), []  # stride of the first layer: from 16 px on, sizes cost about the same
         for c_in, c_out, stride in ((1, 32, first), (32, 64, 2), (64, 96, 2)):
             kernel = 2 * stride + 1 if c_in == 1 else 3  # no pixel is left out
@@ -656,7 +658,8 @@ def train_classifier(size, steps=400, batch=128, peak=3e-3):
     """-> GlyphClassifier and its accuracy on 5,000 held-out glyphs. No image is seen twice.
 
     Adam, a cosine to zero after a linear rise, no augmentation. The weights are a function of the arguments, to the
-    bit, on one machine with one number of threads."""
+    bit, on one machine with one number of threads. One busy core of an AMD EPYC: 16 px 20 s, accuracy 0.9996; 32 px
+    24 s, 0.9992."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(data.rng(CLASSIFIER_SEED, "classifier").initial_seed())
         net = GlyphClassifier(size)
@@ -675,9 +678,20 @@ def train_classifier(size, steps=400, batch=128, peak=3e-3):
 
 
 def held_out_glyphs(size, count, seed):
-    """`count` glyphs that no training sees, digits as drawn. -> images (count, 1, size, size), labels (count,)"""
-    images, labels = data.Glyphs(size, seed, held_out=True).batch(range(count))
-    return data.to_float(images), torch.from_numpy(labels)
+    """`count` glyphs that no training sees. -> images (count, 1, size, size) in [-1, 1], labels (count,) int64.
+
+    Digits are balanced: an image whose digit is complete is passed over. With digits as drawn, their chance shares
+    make most of the Frechet distance between two draws (16 px, 5,000 images: 0.020 +- 0.005 for 0.009)."""
+    glyphs = data.Glyphs(size, seed, held_out=True)
+    room, images, labels = [(count + 9 - digit) // 10 for digit in range(10)], [], []
+    for index in itertools.count():
+        if len(labels) == count:
+            return data.to_float(np.stack(images)), torch.tensor(labels)
+        image, label = glyphs[index]
+        if room[label]:
+            room[label] -= 1
+            images.append(image)
+            labels.append(label)
 
 
 @torch.no_grad()
@@ -716,7 +730,7 @@ def high_power(spectrum, reference):
 
 
 class GlyphJudge:
-    """Compares images with `count` held-out glyphs, drawn with `seed`, digits as they come.
+    """Compares images with `count` held-out glyphs of a seed, with balanced digits.
 
     judge(images (N, 1, size, size) in about [-1, 1], labels (N,) that were asked for) -> dict of floats:
     frechet                in the classifier's features; falls as N grows, so that only rows of one N compare
@@ -724,9 +738,11 @@ class GlyphJudge:
     class_accuracy         share of images that the classifier takes for what was asked for
     high_power             see the function of this name
     Images are judged as they would be saved, through uint8. `data against data` is the judge's word on
-    held_out_glyphs(size, N, another seed). Raises ValueError on other shapes, and on NaN or infinity."""
+    held_out_glyphs(size, N, another seed). Raises ValueError on other shapes, NaN, infinity, or 3 images or fewer."""
 
     def __init__(self, classifier, size, count=10_000, seed=0):
+        if classifier.size != size:
+            raise ValueError(f"a classifier of {classifier.size} px glyphs can't judge {size} px")
         self.classifier, self.size, self.count, self.seed = models.frozen_copy(classifier), size, count, seed
         state = self.classifier.state_dict()
         self.sha = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in state.values())).hexdigest()[:8]
@@ -761,7 +777,7 @@ class GlyphJudge:
         return {
             "images": len(labels),
             "labels": "balanced" if counts.max() - counts.min() <= 1 else "random",
-            "reference": f"{self.count} held-out glyphs, {self.size} px, digits as drawn",
+            "reference": f"{self.count} held-out glyphs, {self.size} px, balanced",
             "features": f"GlyphClassifier {self.sha}",
             "seed": self.seed,
         }
@@ -786,7 +802,7 @@ def plot_spectrum(path, spectra):
         cycles = np.arange(1, len(spectrum))  # without the mean, which is no detail
         if name == "data":
             axis.plot(cycles, spectrum[1:], color="black", lw=2.5, label=name)
-            axis.axvspan((len(spectrum) - 1) / 2, len(spectrum) - 1, color="black", alpha=0.06, lw=0)
+            axis.axvspan(len(spectrum) / 2, len(spectrum) - 1, color="black", alpha=0.07, lw=0, label="high_power")
         else:
             style = {"color": COLOURS[others % 6], "ls": DASHES[others // 6 % 4], "marker": "osD^v*"[others % 6]}
             axis.plot(cycles, spectrum[1:], ms=4, label=name, **style)
