@@ -17,8 +17,14 @@ the same thing, and a student that starts from its teacher's weights answers exa
 Times are tensors (B,), keyword-only. This file imports no file of ours.
 """
 
+import argparse
 import copy
+import json
 import math
+import mmap
+import os
+import re
+import zipfile
 from collections import OrderedDict
 from contextlib import nullcontext
 
@@ -292,11 +298,10 @@ class DiT(nn.Module):
         variance, and SiT's published nets carry it too and never use it. Whoever calls takes the half that it wants.
     two_times: adds an embedder of the time span t - r, and r must then be given.
 
-    XL/2, the published size: DiT(32, 2, 4, 1152, 28, 16, learn_sigma=True), 292 keys, 675,129,632 numbers.
+    `dit_by_name` builds the published sizes, `student_from_teacher` the student of a net with one time.
 
     OURS: the student's second time enters as t - r, like MeanFlow's (arXiv 2505.13447), and the LAST layer of its
-    embedder starts at zero. A student that takes all other weights from its teacher therefore starts as its teacher,
-    whatever r is:      student.load_state_dict({**student.state_dict(), **teacher.state_dict()})
+    embedder starts at zero. A student that takes all other weights from its teacher therefore starts as its teacher.
 
     DIFFERS: the official code drops labels inside the network in training mode; here the training loop passes
     y = num_classes, where everyone can see it. pos_embed is a Parameter there, a buffer here: the state dict is the
@@ -309,6 +314,9 @@ class DiT(nn.Module):
         if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"patch_size {patch_size} must divide input_size {input_size}; "
                              f"num_heads {num_heads} and 4 must divide hidden_size {hidden_size}")
+        self.config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels,
+                           hidden_size=hidden_size, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
+                           num_classes=num_classes, learn_sigma=learn_sigma)  # all but two_times
         self.patch_size, self.num_classes, self.two_times = patch_size, num_classes, two_times
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         side = input_size // patch_size
@@ -370,6 +378,35 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, rows * p, columns * p)
 
 
+DIT_SIZES = {  # PRIOR: DiT's, Table 1. hidden_size, depth, num_heads
+    "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+
+
+def dit_by_name(name):
+    """A net of published size for latents of 256 px images: "DiT-XL/2" is XL with patches of 2. Random weights.
+
+    Sizes S, B, L, XL; patches 2, 4, 8. "SiT-XL/2" is the same net, though SiT never reads the second half of its
+    outputs. XL/2 has 292 keys and 675,129,632 numbers. ValueError for any other name.
+    """
+    match = re.fullmatch(r"[DS]iT-(S|B|L|XL)/([248])", name)
+    if not match:
+        raise ValueError(f"no net is called {name!r}: it is DiT or SiT, a size ({', '.join(DIT_SIZES)}) and a patch "
+                         "(2, 4, 8), as in SiT-XL/2")
+    return DiT(32, int(match[2]), 4, *DIT_SIZES[match[1]], learn_sigma=True)
+
+
+def student_from_teacher(net):
+    """A two-time copy of a DiT with one time, on its device, in float32: u(x, r, t) = v(x, t) at first, whatever r is.
+
+    Only the first layer of the new embedder is random (torch's global generator). The student stands in its teacher's
+    convention: wrap it as its teacher is wrapped, type(teacher)(student_from_teacher(teacher.net)).
+    """
+    with net.pos_embed.device:
+        student = DiT(**net.config, two_times=True)
+    student.load_state_dict({**student.state_dict(), **net.state_dict()})  # the teacher may be in bf16
+    return student
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Teachers: a DiT of any origin, made to answer in our convention. Foreign clocks and parameterizations end here.
 #
@@ -384,22 +421,48 @@ DIT_BETAS = 1e-4, 2e-2  # its first and last beta, linear in between (Ho et al.,
 class Teacher(nn.Module):
     """Velocity, with guidance, of a DiT that was trained in our convention. The two published ones are below.
 
-    net: a DiT with one time. If it has 2C channels (learn_sigma), the first C are the prediction.
+    net: a DiT. If it has 2C channels (learn_sigma), the first C are the prediction. With one time, the wrapper is a
+        velocity field: a teacher, or a fake branch. With two_times it is a student, and forward needs r.
+    w, cfg_channels: the guidance with which forward and sample_ddpm answer; see `velocity`. A student's w stays 1.
     """
 
-    def __init__(self, net):
+    def __init__(self, net, w=1.0, cfg_channels=3):
         super().__init__()
-        self.net = net
+        self.net, self.w, self.cfg_channels = net, w, cfg_channels
 
-    def raw(self, x, t, y, taps):
-        """The net's own answer (B, C, H, W), in at least float32, without a learned variance, and the tapped tokens."""
-        out = self.net(x, t=t, y=y, taps=taps)
+    def raw(self, x, t, y, taps, r=None):
+        """The net's whole answer (B, C or 2C, H, W), in at least float32, and the tapped tokens. t, r: the net's."""
+        out = self.net(x, t=t, y=y, taps=taps, **({} if r is None else {"r": r}))
         out, tokens = out if taps else (out, [])
-        return at_least_fp32(out[:, :x.shape[1]]), tokens
+        return at_least_fp32(out), tokens
 
-    def unguided(self, x_t, t, y, taps):
-        """v at x_t for the labels y as they are, and the tapped tokens. What a subclass converts."""
-        return self.raw(x_t, t, y, taps)
+    def unguided(self, x_t, t, y, taps, r=None):
+        """v, or u if r is given, at x_t for the labels y as they are; the tapped tokens. What a subclass converts."""
+        v, tokens = self.raw(x_t, t, y, taps, r)
+        return v[:, :x_t.shape[1]], tokens
+
+    def guided(self, answer, x, t, y, w, cfg_channels, taps=()):
+        """answer(x, t, y, taps) -> (B, channels, H, W) and tokens, with guidance as `velocity` describes it."""
+        if w == 1:
+            return answer(x, t, y, taps)
+        y_null = torch.full_like(y, self.net.num_classes)  # conditional and null rows in one batch
+        out, tokens = answer(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null]), taps)
+        cond, null = out.chunk(2)
+        guided = null + w * (cond - null)
+        return torch.cat([guided[:, :cfg_channels], cond[:, cfg_channels:]], dim=1), [f.chunk(2)[0] for f in tokens]
+
+    def forward(self, x_t, *, t, y, r=None, taps=()):
+        """v_w (B, C, H, W) with the wrapper's own w and cfg_channels; with r (B,), r <= t, a student's u(x_t, r, t).
+
+        x_t, t, y, taps and the second result: as in `velocity`. ValueError for r with w != 1: a student has learned
+        its teacher's guidance, and must not be guided a second time.
+        """
+        if r is None:
+            return self.velocity(x_t, t=t, y=y, w=self.w, cfg_channels=self.cfg_channels, taps=taps)
+        if self.w != 1:
+            raise ValueError(f"a student's guidance is baked in: with r, w must be 1, not {self.w}")
+        u, tokens = self.unguided(x_t, t, y, taps, r)
+        return (u, tokens) if taps else u
 
     def velocity(self, x_t, *, t, y, w=1.0, cfg_channels=3, taps=()):
         """Guided velocity v_w = v_null + w (v_cond - v_null): x_t (B, C, H, W), t (B,) in [0, 1], y (B,) -> like x_t.
@@ -409,15 +472,7 @@ class Teacher(nn.Module):
             latent channels in the official code of DiT and SiT, and so in their FIDs; w = 1.5 on 3 is about 1.375 on 4.
         taps: indices of blocks. If any, returns (v, [their tokens (B, N, D)]), those of the conditional rows.
         """
-        if w == 1:
-            v, tokens = self.unguided(x_t, t, y, taps)
-        else:  # conditional and null rows in one batch
-            y_null = torch.full_like(y, self.net.num_classes)
-            v, tokens = self.unguided(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, y_null]), taps)
-            v_cond, v_null = v.chunk(2)
-            v_w = v_null + w * (v_cond - v_null)
-            v = torch.cat([v_w[:, :cfg_channels], v_cond[:, cfg_channels:]], dim=1)
-            tokens = [f.chunk(2)[0] for f in tokens]
+        v, tokens = self.guided(self.unguided, x_t, t, y, w, cfg_channels, taps)
         return (v, tokens) if taps else v
 
 
@@ -428,11 +483,12 @@ class SiTTeacher(Teacher):
         here   x = (1 - t) x_0 + t eps      v     = eps - x_0      t = 0 data,  t = 1 noise
 
     Exchanging t and 1 - t makes the paths equal; the velocity, a derivative by t, changes its sign:
-        v(x_t, t) = -v_SiT(x_t, 1 - t)
+        v(x_t, t) = -v_SiT(x_t, 1 - t)      u(x_t, r, t) = -u_SiT(x_t, 1 - r, 1 - t)
+    A SiT's own sampler is `sample_sde`, and the ODE's Heun.
     """
 
-    def unguided(self, x_t, t, y, taps):
-        v_sit, tokens = self.raw(x_t, 1 - t, y, taps)
+    def unguided(self, x_t, t, y, taps, r=None):
+        v_sit, tokens = super().unguided(x_t, 1 - t, y, taps, None if r is None else 1 - r)
         return -v_sit, tokens
 
 
@@ -453,10 +509,20 @@ class DiTTeacher(Teacher):
 
     At t_999 an error of eps_hat grows 158 times. So the net runs outside autocast, and the rest is done in float32 at
     least. A net of bf16 weights raises an error of types here.
+
+    A student of it (net with two_times) hears (k(t), k(r)), and the SAME formula turns its answer into u:
+    u = (eps_hat - x_t) / (1 - t). Its "eps_hat" no longer means a noise: it is whatever number stands for u, and at the
+    start, with the teacher's weights, for v. Compared with a SiT, this costs:
+    - du/dt passes through k. One unit of t is 176 steps at least, 760 at t = 0.5 and 15,757 at t_999, and the embedder's
+      fastest wave turns by 1 rad in a step, where a SiT's turns by 1 rad in all of [0, 1]. Warm the tangent up, or
+      normalise it. (k has a kink at every step, too: du/dt jumps there.)
+    - Near t = 1 the divisor amplifies errors of the net, and bf16's rounding, 158 times. One-step samples start there.
+    - Beyond the ends, t is clamped: du/dt has no d_t u there, and the MeanFlow target is wrong by (t - r) d_t u. That
+      is much at t > t_999. Draw the times of training in [t_0, t_999]: t = step_of(t)[0].
     """
 
-    def __init__(self, net):
-        super().__init__(net)
+    def __init__(self, net, w=1.0, cfg_channels=3):
+        super().__init__(net, w, cfg_channels)
         betas = torch.linspace(*DIT_BETAS, DIT_STEPS, dtype=torch.float64)
         alpha_bar = (1 - betas).cumprod(0)  # alpha_k^2
         # No buffer: .to(torch.bfloat16) on the module must not round it. Minus the log-SNR, which rises with k.
@@ -472,12 +538,96 @@ class DiTTeacher(Teacher):
         k = above - 1 + (level - table[above - 1]) / (table[above] - table[above - 1])
         return t, k.clamp(0, DIT_STEPS - 1)  # rounding in float32 alone could give 999.001
 
-    def unguided(self, x_t, t, y, taps):
+    def unguided(self, x_t, t, y, taps, r=None):
         x_t, (t, k) = at_least_fp32(x_t), self.step_of(at_least_fp32(t))
+        k_r = None if r is None else self.step_of(at_least_fp32(r))[1]
         t = expand_times(t, x_t)
         with autocast_off(x_t):
-            eps_hat, tokens = self.raw(x_t / torch.sqrt((1 - t) ** 2 + t ** 2), k, y, taps)
+            eps_hat, tokens = super().unguided(x_t / torch.sqrt((1 - t) ** 2 + t ** 2), k, y, taps, k_r)
         return (eps_hat - x_t) / (1 - t), tokens
+
+    def respaced(self, steps):
+        """The steps k (steps,) of the 1000 that a shorter DDPM takes, spread evenly, and alpha_bar there. Rising, CPU.
+
+        PRIOR: Nichol & Dhariwal, arXiv 2102.09672. ValueError unless 2 <= steps <= 1000.
+        """
+        if not 2 <= steps <= DIT_STEPS:
+            raise ValueError(f"the DDPM takes 2 to {DIT_STEPS} steps, not {steps}")
+        stride = torch.full((steps,), (DIT_STEPS - 1) / (steps - 1), dtype=torch.float64)
+        stride[0] = 0
+        k = stride.cumsum(0).round().long()  # summed, as the official code does: where k is a half, rounding decides
+        return k, torch.sigmoid(-self.noise_to_signal[k])
+
+    def denoise(self, x, y, i, steps):
+        """One step of the DDPM with learned variance: p(x_{i-1} | x_i) is Gaussian. Returns mean, log-variance, x0_hat.
+
+        x (B, C, H, W): x_vp at the i-th step of `respaced`, i from 0; y (B,). The results are like x. With the
+        alpha_bar a of this step, a' of the one below (1 if there is none) and beta = 1 - a / a':
+            x0_hat  = x / sqrt(a) - sqrt(1 / a - 1) eps_hat
+            mean    = (beta sqrt(a') x0_hat + (1 - a') sqrt(a / a') x) / (1 - a)            arXiv 2006.11239, eq. 7
+            log var = f log beta + (1 - f) log(beta (1 - a') / (1 - a)), f = (out + 1) / 2  arXiv 2102.09672, eq. 15
+        PRIOR: the official code guides eps_hat alone, and takes the conditional row's f. Where a' = 1, and the second
+        logarithm with it infinite, it takes the one of the next step up.
+        """
+        ks, table = self.respaced(steps)
+        table = [1.0, *table.tolist()]
+        a_below, a = table[i:i + 2]
+        beta = 1 - a / a_below
+        channels = x.shape[1]
+        with autocast_off(x):
+            k = torch.full((len(x),), float(ks[i]), device=x.device)
+            out, _ = self.guided(self.raw, x, k, y, self.w, min(self.cfg_channels, channels))
+        if out.shape[1] != 2 * channels:
+            raise ValueError("the DDPM needs a net that predicts the variance too (learn_sigma=True)")
+        eps_hat, f = out[:, :channels], (out[:, channels:] + 1) / 2
+        x0_hat = x / a ** 0.5 - (1 / a - 1) ** 0.5 * eps_hat
+        mean = (beta * a_below ** 0.5 * x0_hat + (1 - a_below) * (a / a_below) ** 0.5 * x) / (1 - a)
+        low_below, low = table[max(i, 1):max(i, 1) + 2]
+        least = (1 - low / low_below) * (1 - low_below) / (1 - low)
+        return mean, f * math.log(beta) + (1 - f) * math.log(least), x0_hat
+
+    @torch.no_grad()
+    def sample_ddpm(self, eps, y, steps=250, *, generator):
+        """Samples x_0 (B, C, H, W) of the DiT's own sampler from noise eps, with the wrapper's w and cfg_channels.
+
+        y (B,). steps: calls of the net, 2 to 1000; PRIOR: 250, behind the published FID 2.27 at w = 1.5. generator: a
+        torch.Generator on eps' device, for the noise of every step but the last. The net must have learn_sigma.
+        """
+        x = at_least_fp32(eps)  # at k = 999 the path is noise, but for 0.6 % of x_0
+        for i in reversed(range(steps)):
+            mean, log_variance, _ = self.denoise(x, y, i, steps)
+            noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype) if i else 0.0
+            x = mean + (log_variance / 2).exp() * noise
+        return x
+
+
+SDE_LAST_STEP = 0.04  # PRIOR: SiT's. The last step, from t = 0.04 to t = 0, adds no noise.
+
+
+@torch.no_grad()
+def sample_sde(velocity, eps, y=None, steps=250, *, generator):
+    """Samples x_0 (B, ...) from noise eps by SiT's Euler-Maruyama (arXiv 2401.08740), `steps` calls of velocity.
+
+    velocity(x_t, t=t) -> (B, ...), called with y=y too if y (B,) is given: a Teacher, whose w is then the guidance.
+    generator: a torch.Generator on eps' device. Raises ValueError for steps < 2.
+
+    The SDE has the densities p_t of the ODE, for any g(t) >= 0, and runs from t = 1 down to 0 (score = -eps_hat / t):
+        dx = (v - g/2 score) dt + sqrt(g) dW          with g = 2 t:   dx = (v + eps_hat) dt + sqrt(2 t) dW
+    PRIOR: g = 2 t is the default ("sigma") of SiT's published code, and so are 250 steps: all but the last are equal and
+    end at t = 0.04; the last goes to 0 along the drift alone.
+    """
+    if steps < 2:
+        raise ValueError(f"the SDE sampler takes at least 2 steps, not {steps}")
+    label = {} if y is None else {"y": y}
+    x, dt = eps, (1 - SDE_LAST_STEP) / (steps - 1)
+    for k in range(steps):
+        t = x.new_full((len(x),), 1 - k * dt)
+        v = velocity(x, t=t, **label)
+        drift = v + eps_from_velocity(x, t, v)
+        if k == steps - 1:
+            return x - drift * SDE_LAST_STEP
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        x = x - drift * dt + (2 * (1 - k * dt) * dt) ** 0.5 * noise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -646,3 +796,150 @@ class AutoencoderKL(nn.Module):
     def decode(self, z):
         """Unscaled latents z (B, latent_channels, h, w) -> images (B, 3, 8h, 8w), about [-1, 1] and not clamped."""
         return self.decoder(self.post_quant_conv(z))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of weights. They come from strangers: nothing in them is run, and a net gets all of a file or nothing.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SAFETENSORS_TYPES = {  # of the format's types, those in which weights are published
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+SAFETENSORS_HEADER = 1 << 20  # bytes. OURS: the format allows 100 MB; XL/2's 292 names take 35 kB
+WRAPPERS = "module", "_orig_mod"  # what DistributedDataParallel and torch.compile put into names
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def read_torch_file(path):
+    """What torch.save wrote, memory-mapped where the file is of the new kind. Runs no code of the file."""
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    if zipped:  # torch checks no checksums
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its parts are compressed, which torch.save never does")
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of its part {damaged[:80]} is wrong")
+    # The official DiT and SiT training scripts put their argparse.Namespace into each checkpoint; it is a plain record.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def unique_keys(pairs):
+    """A dict of a JSON object's pairs. ValueError if a key comes twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("its header has a name twice")
+    return dict(pairs)
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file, memory-mapped. ValueError, or another error, if it is not whole.
+
+    The format: 8 bytes n, little-endian; n bytes of JSON, {name: {"dtype", "shape", "data_offsets": [begin, end]}}, and
+    "__metadata__", which says nothing of the tensors; then the data, which the offsets count from and fill.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8 or length > SAFETENSORS_HEADER:
+            raise ValueError(f"its header of {length} bytes is longer than the file ({size}) or than any we know")
+        header = json.loads(file.read(length).decode(), object_pairs_hook=unique_keys)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writing to a tensor never reaches the file
+    header.pop("__metadata__", None)
+    tensors, position = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (begin, end) = SAFETENSORS_TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if not all(type(n) is int and 0 <= n <= size for n in [*shape, begin, end]):
+            raise ValueError(f"{name!r:.80} has sizes that do not fit into the file")
+        numbers = math.prod(shape)
+        if begin != position or end - begin != numbers * dtype.itemsize or 8 + length + end > size:
+            raise ValueError(f"{name!r:.80} does not lie where its header says")
+        tensors[name] = (torch.frombuffer(data, dtype=dtype, count=numbers, offset=8 + length + begin) if numbers
+                         else torch.empty(0, dtype=dtype)).reshape(shape)
+        position = end
+    if 8 + length + position != size:
+        raise ValueError(f"its header speaks of {position} bytes of data, the file has {size - 8 - length}")
+    return tensors
+
+
+def our_name(name):
+    """A name as our nets have it: without wrappers' parts, and with today's names for old ones in the SD-VAE.
+
+    PRIOR: the published sd-vae-ft-ema and -mse still name the linear layers of PixelAttention as OLD_ATTENTION does.
+    """
+    name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return re.sub(r"(\battentions\.\d+)\.(query|key|value|proj_attn)\b",
+                  lambda match: f"{match[1]}.{OLD_ATTENTION[match[2]]}", name)
+
+
+def read_weights(path):
+    """The weights in a file: {name: tensor on the CPU}, memory-mapped where the format allows, with our nets' names.
+
+    path: .safetensors, or anything else for what torch.save wrote: a state dict, or a dict that has one at "ema", else
+    "model", else "state_dict". Raises ValueError, one sentence with the file's name: unreadable, damaged, with pickled
+    objects that are no tensors, or no dict of tensors.
+    """
+    try:
+        state = read_safetensors(path) if str(path).endswith(".safetensors") else read_torch_file(path)
+        for key in ("ema", "model", "state_dict"):
+            if isinstance(state, dict) and isinstance(state.get(key), dict):
+                state = state[key]
+                break
+        if not isinstance(state, dict) or not state:
+            raise ValueError("it holds no dict of tensors")
+        weights = {}
+        for name, tensor in state.items():
+            plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
+            readable = type(name) is str and name.isascii() and name.isprintable()  # errors will print it
+            if not readable or not plain or tensor.is_quantized or tensor.is_meta:
+                raise ValueError(f"its entry {name!r:.80} is no plain tensor")
+            name, tensor = our_name(name), tensor.detach()
+            if name in weights:
+                raise ValueError(f"it holds {name!r:.80} twice")
+            if "attentions." in name and tensor.shape[2:] == (1, 1):  # once a 1x1 convolution, (C, C, 1, 1)
+                tensor = tensor.flatten(1)
+            weights[name] = tensor
+        return weights
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}): name another file.") from error
+    except Exception as error:  # a damaged file raises nearly anything, in torch, zipfile and json
+        pickled = re.search(r"GLOBAL (\S{1,80})", str(error))
+        reason = f"it holds a pickled {pickled[1]}, which is no tensor" if pickled else str(error).split("\n")[0][:200]
+        reason = (reason or type(error).__name__).encode("ascii", "backslashreplace").decode()
+        raise ValueError(f"{path} is damaged or no file of weights ({reason}): fetch it again, or name another.") from error
+
+
+def dit_size(weights):
+    """"hidden size D, depth N, patch size p" of the DiT in {name: tensor}, or None if it is none."""
+    patches = weights.get("x_embedder.proj.weight")
+    if patches is None or patches.ndim != 4:
+        return None
+    depth = len({name.split(".")[1] for name in weights if re.match(r"blocks\.\d+\.", name)})
+    return f"hidden size {patches.shape[0]}, depth {depth}, patch size {patches.shape[3]}"
+
+
+def load_weights(net, weights, source):
+    """Copy weights {name: tensor}, as `read_weights` returns them, into a net that has exactly these names and shapes.
+
+    Any precision goes into the net's own. source: the file's name, for the error. Raises ValueError before anything is
+    copied: one sentence with the names that are missing, not expected, or of another shape.
+    """
+    state = net.state_dict()
+
+    def some(names):
+        return ", ".join(name[:120] for name in names[:4]) + (", ..." if len(names) > 4 else "")
+
+    missing, unexpected = [n for n in state if n not in weights], [n for n in weights if n not in state]
+    misshaped = [f"{n} is {tuple(weights[n].shape)}, not {tuple(state[n].shape)}" for n in state
+                 if n in weights and weights[n].shape != state[n].shape]
+    mistyped = [f"{n} is {weights[n].dtype}" for n in state
+                if n in weights and weights[n].is_floating_point() != state[n].is_floating_point()]
+    kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped, "of another type": mistyped}
+    problems = [f"{len(names)} {kind} ({some(names)})" for kind, names in kinds.items() if names]
+    held, expected = dit_size(weights), dit_size(state)
+    if held != expected:
+        problems.insert(0, f"it holds {f'a DiT of {held}' if held else 'no DiT'}, expected is "
+                           f"{f'one of {expected}' if expected else 'another network'}")
+    if problems:
+        raise ValueError(f"{source} does not fit the network: {'; '.join(problems)}. "
+                         "Give the file that was made for this network, or name the network of this file.")
+    net.load_state_dict(weights)
