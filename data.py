@@ -99,6 +99,17 @@ def whole_number(low, high=2**31):
     return parse
 
 
+def positive_number(text):
+    """A type for argparse: finite numbers above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def progress(items, label, done=0):
     """A tqdm bar over `items`, gone when done; a plain line now and then where nobody looks at a terminal.
 

@@ -27,14 +27,19 @@ Departures from MeanFlow: which times are drawn (`draw_times`), and a teacher's 
 functions here are called by toy2d.py: run `python toy2d.py`.
 """
 
+import argparse
 import math
 import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from data import progress, rng
-from models import add_noise, expand_times, frozen_copy, update_ema
+from data import (BadInput, Glyphs, ImageFolder, RunFolder, positive_number, progress, read_json, rng, save_grid,
+                  to_uint8, whole_number)
+from models import DiT, Teacher, add_noise, expand_times, frozen_copy, student_from_teacher, update_ema
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -269,3 +274,185 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=ma
         if keep is not None:
             keep.save(parts, step + 1, rows)
     return ema, rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs on images
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What a run is made of. The sections go to the run folder's config.json; dmd_refine.py adds its own.
+# OURS: all of it, chosen by short runs of the teacher and of stage 1 on 2 CPU cores.
+PLANS = {
+    "default": {
+        "network": dict(patch_size=4, hidden_size=96, depth=4, num_heads=4),
+        "teacher": dict(steps=16_000, batch=64, lr=3e-3, clip=300.0),
+        "td": dict(steps=2000, batch=64, lr=1e-3, clip=50.0, w=1.0),
+    },
+    "quick": {
+        "network": dict(patch_size=4, hidden_size=32, depth=2, num_heads=2),
+        "teacher": dict(steps=60, batch=32, lr=3e-3, clip=300.0),
+        "td": dict(steps=30, batch=32, lr=1e-3, clip=50.0, w=1.0),
+    },
+}
+LOOK_EVERY = 500  # steps between two pictures of samples
+
+
+def new_network(seed, stream, build):
+    """build() on the CPU, with random weights that depend on (seed, stream) alone; the global state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng(seed, stream).initial_seed())
+        return build()
+
+
+class ImageRun:
+    """What the three scripts share of a run on images: its folder, settings (`plan`) and data, and its networks.
+
+    args: the command line, of `add_run_arguments`. given: {(section, key): value or None}, settings from flags. A new run
+    folder takes PLANS with these in it; one that is there already has its settings, and these must agree with them.
+    Raises BadInput: no data, a folder with other settings, a stage that is not there yet.
+    """
+
+    def __init__(self, args, given, more=None):
+        name = "-".join([args.data] + [str(args.size)] * (args.size != 16) + ["quick"] * args.quick)
+        path = Path(args.out or f"runs/{name}")
+        self.device = torch.device(args.device)
+        if args.data == "glyphs":
+            self.channels, classes = 1, [str(digit) for digit in range(10)]
+        else:
+            if args.data_dir is None:
+                raise BadInput("--data folder needs --data-dir, a folder with one folder of images for each class")
+            self.source = ImageFolder(args.data_dir, args.size)
+            self.channels, classes = self.source.channels, self.source.classes
+        plan = PLANS["quick" if args.quick else "default"] | (more or {})
+        plan |= {"data": dict(data=args.data, size=args.size, channels=self.channels, classes=classes, seed=0)}
+        there = read_json(path / "config.json") if (path / "config.json").exists() else {}
+        plan = {name: dict(there.get(name, section)) for name, section in plan.items()}
+        for (section, key), value in given.items():
+            if value is not None:
+                plan[section][key] = value
+        plan["data"] |= dict(data=args.data, size=args.size, channels=self.channels, classes=classes)
+        self.folder, self.plan, self.classes = RunFolder(path, plan), plan, len(classes)
+        self.seed = plan["data"]["seed"]
+        if args.data == "glyphs":
+            self.source = Glyphs(args.size, seed=self.seed)
+        # the same labels and noise for every grid of samples: a row for each class, up to ten
+        self.grid_y = torch.arange(min(10, self.classes)).repeat_interleave(10).to(self.device)
+        self.grid_eps = self.noise(len(self.grid_y), "grid")
+
+    def noise(self, count, stream):
+        """Noise (count, C, size, size) that depends on the stream alone: drawn on the CPU, so it is so on any device."""
+        size = self.plan["data"]["size"]
+        return torch.randn(count, self.channels, size, size, generator=rng(0, stream)).to(self.device)
+
+    def network(self, stream, two_times=False):
+        """A DiT in its wrapper, with random weights that depend on the run's seed and the stream alone."""
+        build = partial(DiT, self.plan["data"]["size"], in_channels=self.channels, num_classes=self.classes,
+                        two_times=two_times, **self.plan["network"])  # fmt: skip
+        return Teacher(new_network(self.seed, stream, build)).to(self.device)
+
+    def student(self, teacher):
+        """A student that answers as its teacher without guidance does, whatever r is."""
+        return type(teacher)(new_network(self.seed, "student", lambda: student_from_teacher(teacher.net)))
+
+    def load(self, name, two_times=False):
+        """The frozen network of a finished stage. BadInput if it is not finished."""
+        state = self.folder.finished(name)
+        if state is None:
+            raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with the same --data first")
+        net = self.network("", two_times)
+        net.load_state_dict(state["net"])
+        return net.requires_grad_(False)
+
+    def load_teacher(self):
+        """The frozen teacher, with the guidance of the run's plan."""
+        teacher = self.load("teacher")
+        teacher.w = self.plan["td"]["w"]
+        return teacher
+
+    def train(self, name, net, objective, *, section, sampler):
+        """Train `net` as the plan's section says, or find it finished: stage `name` of the run.
+
+        sampler(net, eps, y) -> x_0: for the grids in samples/."""
+
+        def look(step, ema):
+            self.save_samples(f"{name}-{step:06d}", sampler(ema, self.grid_eps, self.grid_y))
+
+        def compute(keep):
+            plan = {key: self.plan[section][key] for key in ("steps", "batch", "lr", "clip")}
+            ema, rows = train(net, self.source.draw, objective, **plan, seed=self.seed, stream=section, name=name,
+                              keep=keep, look=look)  # fmt: skip
+            self.folder.write_metrics(rows)
+            return {"net": ema.state_dict(), "rows": rows}
+
+        self.folder.stage(name, compute)
+
+    def save_samples(self, name, x):
+        """A grid of samples x (N, C, H, W), ten in a row, to samples/<name>.png."""
+        save_grid(self.folder.path / "samples" / f"{name}.png", to_uint8(x), columns=10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_run_arguments(parser):
+    """The flags that say which run is meant: the same for all three scripts."""
+    parser.add_argument("--data", choices=("glyphs", "folder"), default="glyphs", help="(default: %(default)s)")
+    parser.add_argument("--data-dir", help="for --data folder: a folder with one folder of images for each class")
+    parser.add_argument("--size", type=int, choices=(16, 32), default=16, help="pixels (default: %(default)s)")
+    parser.add_argument("--out", help="run folder (default: runs/glyphs, and for other data or sizes runs/...)")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="everything, small: to see that it works, not how well")
+
+
+def check_device(parser, device):
+    """Exit with 2 and a sentence if torch can't use this device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {device} can't be used here ({str(error).splitlines()[0]}): try --device cpu")
+
+
+@contextmanager
+def sentences(parser):
+    """Inside, what a user can mend ends the script with one sentence in the place of a traceback."""
+    try:
+        yield
+    except BadInput as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: {error}; what was trained is kept, and the same command goes on\n")
+    except FloatingPointError as error:
+        parser.exit(3, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: stopped; the same command goes on from where it last saved\n")
+
+
+def teacher_sample(net, eps, y, steps=25):
+    """The teacher's samples for the grids: Heun with `steps` steps, twice as many calls."""
+    return sample_ode(net, eps, y, steps=steps)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run_arguments(parser)
+    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), help="of data and networks (default: 0)")
+    parser.add_argument("--teacher-steps", type=whole_number(1), help="updates of the teacher")
+    parser.add_argument("--td-steps", type=whole_number(1), help="updates of the student")
+    parser.add_argument("--w", type=positive_number, help="the teacher's guidance in both stages; 1 is none (default: 1)")
+    args = parser.parse_args(arguments)
+    check_device(parser, args.device)
+    with sentences(parser):
+        run = ImageRun(args, {("data", "seed"): args.seed, ("teacher", "steps"): args.teacher_steps,
+                              ("td", "steps"): args.td_steps, ("td", "w"): args.w})  # fmt: skip
+        run.train("teacher", run.network("teacher"), partial(teacher_objective, null_class=run.classes),
+                  section="teacher", sampler=teacher_sample)  # fmt: skip
+        teacher = run.load_teacher()
+        run.train("td", run.student(teacher), partial(student_objective, teacher=teacher), section="td", sampler=sample)
+        print(f"In {run.folder.path}: teacher.pt, td.pt, metrics.csv, and grids in samples/. "
+              f"Next: python dmd_refine.py --data {args.data}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -361,7 +361,9 @@ class DiT(nn.Module):
             raise ValueError(f"taps {tuple(taps)} must be indices of the {len(self.blocks)} blocks")
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         if self.two_times:
-            c = c + self.span_embedder(at_least_fp32(t) - at_least_fp32(r))
+            span = at_least_fp32(t) - at_least_fp32(r)
+            # minus the features of no span, so that at r = t this part is silent, after training too
+            c = c + self.span_embedder(span) - self.span_embedder(torch.zeros_like(span[:1]))
         x = self.x_embedder(x_t).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, D)
         tokens = {}
         for i, block in enumerate(self.blocks):
@@ -418,8 +420,13 @@ DIT_STEPS = 1000  # the published DiT's diffusion has k = 0 .. 999
 DIT_BETAS = 1e-4, 2e-2  # its first and last beta, linear in between (Ho et al., arXiv 2006.11239)
 
 
+# OURS: a DiT's fastest sinusoid turns 1 rad per unit of its clock, so a t in [0, 1] hardly moves any. 30 rad lets it
+# tell times apart, and keeps the tangent d_t u small, which a student differentiates through.
+CLOCK = 30.0
+
+
 class Teacher(nn.Module):
-    """Velocity, with guidance, of a DiT that was trained in our convention. The two published ones are below.
+    """Velocity, with guidance, of a DiT that was trained here: its clock is CLOCK t. The published ones are below.
 
     net: a DiT. If it has 2C channels (learn_sigma), the first C are the prediction. With one time, the wrapper is a
         velocity field: a teacher, or a fake branch. With two_times it is a student, and forward needs r.
@@ -438,7 +445,7 @@ class Teacher(nn.Module):
 
     def unguided(self, x_t, t, y, taps, r=None):
         """v, or u if r is given, at x_t for the labels y as they are; the tapped tokens. What a subclass converts."""
-        v, tokens = self.raw(x_t, t, y, taps, r)
+        v, tokens = self.raw(x_t, CLOCK * t, y, taps, None if r is None else CLOCK * r)
         return v[:, :x_t.shape[1]], tokens
 
     def guided(self, answer, x, t, y, w, cfg_channels, taps=()):
