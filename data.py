@@ -66,7 +66,7 @@ def read_json(path):
 def write_whole(path, write):
     """Call write(file) on a file beside `path`, flush it to the disk, then rename: `path` is old or new, never half."""
     path = Path(path)
-    beside = path.with_name(path.name + ".partial")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write one file
     try:
         with open(beside, "wb") as file:
             write(file)
@@ -627,7 +627,8 @@ class RunFolder:
         elif any(path.suffix != ".partial" for path in self.path.iterdir()):
             raise BadInput(f"{self.path} is no run folder, but it is not empty: name another folder with --out")
         try:
-            write_json(there, old | config)
+            if old != old | config:
+                write_json(there, old | config)
         except OSError as error:
             raise BadInput(f"can't write to {self.path} ({error.strerror}): name another folder with --out") from None
 

@@ -24,18 +24,20 @@ What the paper does not tell: learning rates, update ratio, lambda_adv, times of
 defaults of `refine`, found on seed 0 of the 2D toy. The functions here are called by toy2d.py: run `python toy2d.py`.
 """
 
+import argparse
 import math
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 import torch.nn.functional as F
 
-from awd import discriminator_hinge, generator_hinge
-from data import progress, rng
-from meanflow_td import (LOOK_EVERY, check_finite, flow_matching_loss, generate, labelled, learning_rate,
-                         student_objective)
+from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
+from data import positive_number, progress, rng, whole_number
+from meanflow_td import (LOOK_EVERY, ImageRun, add_run_arguments, check_device, check_finite, flow_matching_loss,
+                         generate, labelled, learning_rate, new_network, sample, sentences, student_objective)
 from models import add_noise, expand_times, frozen_copy, update_ema, x0_from_velocity
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,3 +237,86 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
         if keep is not None:
             keep.save(parts, step + 1, rows)
     return ema, rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs on images
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The settings of one variant, under its name a section of the run folder's config.json. OURS: all of them.
+PLANS = {
+    "default": dict(steps=1000, batch=64, lr=5e-4, lr_fake=5e-4, lr_discriminator=1e-3, fake_updates=2, taps=(1, 3),
+                    pooling="attention", init="td", lambda_adv=0.1, lambda_td=0.0, student_steps=1, clip=10.0),
+    "quick": dict(steps=20, batch=32, lr=5e-4, lr_fake=5e-4, lr_discriminator=1e-3, fake_updates=2, taps=(0, 1),
+                  pooling="attention", init="td", lambda_adv=0.1, lambda_td=0.0, student_steps=1, clip=10.0),
+}  # fmt: skip
+
+
+def refine_images(run, name, seed):
+    """Stage 2 on images, by the section `name` of the run's plan: stage <name>-seed<seed> of the run, found or trained."""
+    plan = dict(run.plan[name])
+    init, pooling = plan.pop("init"), plan.pop("pooling")
+    stage, teacher = f"{name}-seed{seed}", run.load_teacher()
+
+    def compute(keep):
+        student = run.student(teacher)  # --init teacher: answers as the teacher does, which no one-step sample is
+        if init == "td":
+            student.load_state_dict(run.load("td", two_times=True).state_dict())
+        fake = type(teacher)(frozen_copy(teacher.net)).requires_grad_(True)  # PAPER: starts as the teacher; unguided
+        discriminator = None
+        if pooling != "none":
+            dims = [run.plan["network"]["hidden_size"]] * len(plan["taps"])
+            build = partial(AdaptiveWeightedDiscriminator, dims, pooling)
+            discriminator = new_network(seed, "discriminator", build).to(run.device)
+
+        def look(step, ema, fake):
+            run.save_samples(f"{stage}-{step:06d}", sample(ema, run.grid_eps, run.grid_y))
+            run.save_samples(f"{stage}-dmd-{step:06d}", dmd_panels(ema, teacher, fake, run.grid_eps, run.grid_y))
+
+        ema, rows = refine(student.requires_grad_(True), teacher, fake, run.source.draw, discriminator=discriminator,
+                           **plan, seed=seed, stream="refine", name=stage, keep=keep, look=look)  # fmt: skip
+        run.folder.write_metrics(rows)
+        heads = {} if discriminator is None else {"discriminator": discriminator.state_dict()}
+        return {"net": ema.state_dict(), "rows": rows, **heads}
+
+    return run.folder.stage(stage, compute)
+
+
+@torch.no_grad()
+def dmd_panels(student, teacher, fake, eps, y, t=0.5):
+    """What DMD compares, for ten of the noises eps: x_gen, x0_real and x0_fake at its noised x_t, the gradient (scaled
+    to be seen): (40, C, H, W). Where x0_real and x0_fake look the same, the student has nothing more to learn."""
+    eps, y = eps[::len(eps) // 10][:10], y[::len(y) // 10][:10]
+    x_gen, times = generate(student, eps, y), eps.new_full((len(eps),), t)
+    x_t = add_noise(x_gen, eps.flip(0), times)
+    v_real, v_fake = teacher(x_t, t=times, y=y), fake(x_t, t=times, y=y)
+    x0_real, x0_fake = x0_from_velocity(x_t, times, v_real), x0_from_velocity(x_t, times, v_fake)
+    grad = dmd_gradient(x_gen, x_t, t=times, v_real=v_real, v_fake=v_fake)
+    return torch.cat([x_gen, x0_real, x0_fake, grad / grad.abs().max()])
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run_arguments(parser)
+    parser.add_argument("--name", default="hd", help="what to call this variant (default: %(default)s)")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of this stage (default: %(default)s)")
+    parser.add_argument("--refine-steps", type=whole_number(1), help="updates of the student")
+    parser.add_argument("--pooling", choices=("attention", "mean", "none"),
+                        help="how the discriminator pools tokens; none: no adversarial term (default: attention)")  # fmt: skip
+    parser.add_argument("--init", choices=("td", "teacher"), help="teacher: without stage 1 (default: td)")
+    parser.add_argument("--lambda-adv", type=positive_number, help="weight of the adversarial term")
+    parser.add_argument("--lambda-td", type=positive_number, help="weight of stage 1's loss, kept on (default: off)")
+    parser.add_argument("--student-steps", type=int, choices=(1, 2), help="2: one student for 1 and 2 calls (default: 1)")
+    args = parser.parse_args(arguments)
+    check_device(parser, args.device)
+    with sentences(parser):
+        keys = ("pooling", "init", "lambda_adv", "lambda_td", "student_steps")
+        given = {(args.name, key): getattr(args, key) for key in keys} | {(args.name, "steps"): args.refine_steps}
+        run = ImageRun(args, given, {args.name: PLANS["quick" if args.quick else "default"]})
+        refine_images(run, args.name, args.seed)
+        print(f"In {run.folder.path}: {args.name}-seed{args.seed}.pt, metrics.csv, and grids in samples/. "
+              f"Next: python evaluate.py --data {args.data}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -25,6 +25,7 @@ DiT and SiT used: 50,000 samples with random labels against statistics of the wh
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 import hashlib
 import http.client
 import itertools
@@ -48,7 +49,7 @@ from tqdm import tqdm
 import data
 import models
 from data import BadInput, whole_number
-from meanflow_td import learning_rate
+from meanflow_td import ImageRun, add_run_arguments, learning_rate, sample, sample_euler, sample_ode, sentences
 
 # ---------------------------------------------------------------------------------------------------------------------
 # InceptionV3 (Szegedy et al., arXiv 1512.00567), in the variant that TensorFlow published on 2015-12-05 and that all
@@ -627,6 +628,7 @@ def report(row):
 # the same weights said, so every row names them. OURS: all of it; the paper shows no images this small.
 # ---------------------------------------------------------------------------------------------------------------------
 
+NAMES = {"hd": "HD: TD + DMD + AWD"}
 CLASSIFIER_SEED = 2**32 - 1  # of the glyphs that it learns from: the last seed there is, which no run takes by chance
 CLOUD_ROWS = 5000  # images whose features make the clouds of precision and recall; the cost grows with the square
 
@@ -790,6 +792,120 @@ def statistics(features):
     return moments.finish()
 
 
+SAMPLE_BATCH = 250
+GUIDANCE = (1.25, 1.5, 2.0)  # of the teacher, beside none
+FEW = 5  # so many times fewer images where the teacher's guidance is compared
+
+
+class RunJudge:
+    """Measures what a run on glyphs holds, a row for results.json each; a row that was measured once is kept."""
+
+    def __init__(self, run, count):
+        self.run, self.count, self.size = run, count, run.plan["data"]["size"]
+        self.eps, self.y = run.noise(count, "evaluation"), torch.arange(count) % 10
+        self.rows, self.spectra = [], {}
+        state = run.folder.stage("classifier", self.train)
+        print(f"The classifier knows {state['accuracy']:.4f} of held-out glyphs.")
+        classifier = GlyphClassifier(self.size)
+        classifier.load_state_dict(state["net"])
+        self.judge = GlyphJudge(classifier, self.size, count)
+
+    def train(self, keep):
+        net, accuracy = train_classifier(self.size)
+        return {"net": net.state_dict(), "accuracy": accuracy}
+
+    def sample(self, sampler, count, what):
+        """sampler(eps, y) -> x_0 for the first `count` of the judge's noises, a batch at a time."""
+        batches = zip(self.eps[:count].split(SAMPLE_BATCH), self.y[:count].to(self.run.device).split(SAMPLE_BATCH))
+        return torch.cat([sampler(*batch).cpu() for batch in data.progress(list(batches), what)]), self.y[:count]
+
+    def row(self, what, draw, count, *, seed=0, nfe=0, w=None):
+        """Measure draw() -> images, labels."""
+
+        def compute(keep):
+            start = time.perf_counter()
+            images, labels = draw()
+            ms = 1000 * (time.perf_counter() - start) / count
+            row = {"what": what, "seed": seed, "nfe": nfe, "w": w, **self.judge(images, labels), "ms_per_image": ms,
+                   "fingerprint": self.judge.fingerprint(labels)}  # fmt: skip
+            return {"row": row, "spectrum": power_spectrum(data.to_float(data.to_uint8(images)))}
+
+        name = f"judged-{what}-seed{seed}-nfe{nfe}-w{w}-{count}"
+        state = self.run.folder.stage(re.sub("[^A-Za-z0-9.-]+", "_", name), compute)
+        self.rows.append(state["row"])
+        self.spectra.setdefault(what, state["spectrum"])
+
+    def data(self):
+        """Another draw of the data: how good a perfect sampler would look."""
+        self.row("data against data", lambda: held_out_glyphs(self.size, self.count, seed=1), self.count, seed=1)
+
+    def teacher(self, few_calls=(1, 2, 4, 8), many_calls=(50, 100)):
+        """The teacher by Euler at few calls, by Heun at many; with guidance, on fewer images."""
+        teacher = self.run.load("teacher")
+
+        def at(w, calls, count):
+            teacher.w, heun = w, calls >= many_calls[0]
+            method, steps = (sample_ode, calls // 2) if heun else (sample_euler, calls)
+            what = "teacher, Heun" if heun else "teacher, Euler"
+            draw = partial(self.sample, partial(method, teacher, steps=steps), count, what)
+            self.row(what, draw, count, nfe=calls, w=w)
+
+        for calls in (*few_calls, *many_calls):
+            at(1.0, calls, self.count)
+        for w in (1.0, *GUIDANCE):
+            at(w, many_calls[0], self.count // FEW)
+
+    def student(self, stage, what, seed=0, steps=1):
+        """The student of a finished stage, in `steps` calls."""
+        net = self.run.load(stage, two_times=True)
+        draw = partial(self.sample, partial(sample, net, steps=steps), self.count, what)
+        self.row(what, draw, self.count, seed=seed, nfe=steps)
+
+
+def print_rows(rows):
+    """A table of rows with equal what, nfe, w and images: mean and, where there are several seeds, their spread."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["what"], row["nfe"], row["w"], row["fingerprint"]["images"]), []).append(row)
+    columns = ("frechet", "precision", "recall", "class_accuracy", "high_power", "ms_per_image")
+    print(f"{'':32}{'calls':>6}{'w':>6}{'images':>8}{'seeds':>6}" + "".join(f"{name:>18}" for name in columns))
+    for (what, nfe, w, images), group in groups.items():
+        line = f"{what:32}{nfe:6}{w or '':>6}{images:8}{len(group):6}"
+        for name in columns:
+            values = [row[name] for row in group]
+            spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            line += f"{np.mean(values):.3f}{spread}".rjust(18)
+        print(line)
+    print("fingerprint:", ", ".join(f"{key} {value}" for key, value in rows[-1]["fingerprint"].items() if key != "images"))
+
+
+def evaluate_run(run, count):
+    """evaluate.py --data glyphs: one table of all that the run holds, grid.png and spectrum.png."""
+    judge = RunJudge(run, count)
+    judge.data()
+    judge.teacher()
+    judge.student("td", "TD")
+    grid = {"teacher, 50 calls": partial(sample_ode, run.load_teacher(), steps=25), "TD, 1 call": run_sampler(run, "td")}
+    for path in sorted(run.folder.path.glob("*-seed[0-9].pt")):
+        name, seed = path.stem.rsplit("-seed", 1)
+        if name in run.plan:
+            for steps in range(1, run.plan[name].get("student_steps", 1) + 1):
+                judge.student(path.stem, NAMES.get(name, name), int(seed), steps)
+            if seed == "0":
+                grid[f"{NAMES.get(name, name)}, 1 call"] = run_sampler(run, path.stem)
+    data.write_json(run.folder.path / "results.json", judge.rows)
+    print_rows(judge.rows)
+    plot_spectrum(run.folder.path / "spectrum.png", {"data": judge.judge.spectrum, **judge.spectra})
+    images = [data.to_uint8(sampler(run.grid_eps, run.grid_y))[::4] for sampler in grid.values()]
+    data.save_grid(run.folder.path / "grid.png", np.concatenate(images), columns=len(images[0]))
+    print(f"In {run.folder.path}: results.json, spectrum.png, and grid.png with a row for each of: {'; '.join(grid)}.")
+
+
+def run_sampler(run, stage):
+    """sampler(eps, y) -> x_0 of a student of the run, in one call."""
+    return partial(sample, run.load(stage, two_times=True))
+
+
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for all eyes
 DASHES = ("-", "--", "-.", ":")
 
@@ -858,17 +974,23 @@ def main(argv=None):
     add("--images", type=Path, help="what to score: a folder of images of one size, or an npz (arr_0: uint8 NHWC)")
     add("--reference", help="compared with what: an ADM or pytorch-fid npz, a folder, `glyphs`, or a run, runs/NAME")
     add("--save-npz", type=Path, metavar="FILE", help="write --images into an npz for ADM's own evaluator")
-    add("--out", type=Path, default=Path("runs/evaluate"), help="folder for results.json and features (%(default)s)")
     add("--inception-weights", type=Path, metavar="FILE", help="a local copy; else fetched once into torch.hub's cache")
     add("--resize", choices=("tf1", "torch"), default="tf1", help="tf1: ADM's rule, torch: pytorch-fid's (%(default)s)")
     add("--glyphs", type=whole_number(2, 10**6), default=10_000, metavar="N", help="glyphs to draw (%(default)s)")
     add("--batch", type=whole_number(1, 4096), default=32, help="images in one pass, 1 .. 4096 (%(default)s)")
-    add("--device", choices=devices, default=devices[0], help="what runs Inception (%(default)s)")
     add("--allow-small", action="store_true", help="score fewer than 2,048 images, for a rough look")
     add("--flops", action="store_true", help="print what one ImageNet image costs teacher and student, in GMACs")
+    add("--count", type=whole_number(100, 10**6), help="of --data: images in each row (10000; with --quick 500)")
+    add_run_arguments(parser)
+    parser.set_defaults(data=None, device=devices[0])
     args = parser.parse_args(argv)
+    if args.data:
+        with sentences(parser):
+            evaluate_run(ImageRun(args, {}), args.count or (500 if args.quick else 10_000))
+        return
+    args.out = Path(args.out or "runs/evaluate")
     if not args.flops and not (args.images and (args.reference or args.save_npz)):
-        parser.error("give --images with --reference or --save-npz, or --flops")
+        parser.error("give --data, or --images with --reference or --save-npz, or --flops")
     torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would move features beyond 1e-4
     try:
         if args.flops:

@@ -161,6 +161,13 @@ def sample(net, eps, y=None, steps=1):
     return generate(net, eps, y, steps)
 
 
+def sample_euler(velocity, eps, y=None, steps=1):
+    """The teacher's samples x_0 (B, ...) by Euler's method, one call a step: a student's jumps, with v in place of u.
+
+    velocity: as in `sample_ode`."""
+    return sample(lambda x, *, t, r, **label: velocity(x, t=t, **label), eps, y, steps)
+
+
 @torch.no_grad()
 def sample_ode(velocity, eps, y=None, steps=100):
     """The teacher's samples x_0 (B, ...) from noise eps: Heun's method from t = 1 to t = 0, two calls a step.
@@ -326,7 +333,7 @@ class ImageRun:
         plan = PLANS["quick" if args.quick else "default"] | (more or {})
         plan |= {"data": dict(data=args.data, size=args.size, channels=self.channels, classes=classes, seed=0)}
         there = read_json(path / "config.json") if (path / "config.json").exists() else {}
-        plan = {name: dict(there.get(name, section)) for name, section in plan.items()}
+        plan = {name: dict(section) for name, section in (plan | there).items()}
         for (section, key), value in given.items():
             if value is not None:
                 plan[section][key] = value
