@@ -9,7 +9,8 @@ sFID does so with 2023 numbers that keep the place in the image, precision is th
 within the data's cloud, recall the share of data within the generated cloud, and the Inception Score asks whether
 single images are surely of one class while all of them together are of all classes. The same samples get another FID
 from another evaluator: the resize to 299 px alone moves it by 0.1, the number of images by much more. So every number
-here carries its fingerprint: what was compared with what, and by which rules.
+here carries its fingerprint: what was compared with what, and by which rules. For glyphs of 16 or 32 px, which would
+have to be blown up to 299, GlyphJudge asks the same of a small classifier that is trained in half a minute.
 
     python evaluate.py --reference VIRTUAL_imagenet256_labeled.npz --images samples/     # the papers' ImageNet protocol
     python evaluate.py --reference glyphs --images runs/student/samples                  # held-out glyphs
@@ -745,7 +746,7 @@ class GlyphJudge:
     def __init__(self, classifier, size, count=10_000, seed=0):
         if classifier.size != size:
             raise ValueError(f"a classifier of {classifier.size} px glyphs can't judge {size} px")
-        self.classifier, self.size, self.count, self.seed = models.frozen_copy(classifier), size, count, seed
+        self.classifier, self.size, self.count, self.seed = models.frozen_copy(classifier).cpu(), size, count, seed
         state = self.classifier.state_dict()
         self.sha = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in state.values())).hexdigest()[:8]
         images, _ = held_out_glyphs(size, count, seed)
