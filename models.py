@@ -812,10 +812,13 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 
 def read_torch_file(path):
-    """What torch.save wrote, memory-mapped where the file is of the new kind. Runs no code of the file."""
+    """What torch.save wrote, memory-mapped where the file is of the new kind. Runs no code of the file.
+
+    OURS: the checksums in a file of the new kind must be right, so one saved with set_crc32_options(False) is refused.
+    """
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
-    if zipped:  # torch checks no checksums
+    if zipped:  # torch maps such a file without a look at its checksums
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("its parts are compressed, which torch.save never does")
