@@ -139,7 +139,7 @@ def test_manifest_says_what_was_encoded(made):
 def test_a_truncated_image_is_named_and_counted_or_stops(made, tmp_path):
     root, (_, out, err) = made
     assert err.count("skipped: ") == 1 and f"{TRUNCATED} cannot be read as an image" in err
-    assert "11 images are in" in out and "1 could not be read and were skipped" in out
+    assert "11 images are in" in out and "skipped because they can't be read: 1." in out
     code, _, err = encode(root, cache=tmp_path / "strict", strict=True)
     assert code == 2 and f"{TRUNCATED} cannot be read as an image" in err
     assert [p.name for p in sorted(tmp_path.joinpath("strict").glob("*.npy"))] == ["moments-00000.npy"]
@@ -302,10 +302,10 @@ REFUSALS = {  # what is done to the folder, options, what the sentence says
     "another size": (None, {"size": 32}, ["size = 64 there and 32 now"]),
     "another class list": (other_classes, {}, ["classes = ['n02102040', 3] there and ['n02102041', 3] now"]),
     "another image": (other_images, {}, ["paths sha256 = "]),
-    "more images": (more_images, {}, ["images = 12 there and 13 now", "['n02102040', 3] there and ['n02102040', 4] now"]),
+    "more images": (more_images, {}, ["images = 12 there and 13 now", "3] there and ['n02102040', 4] now"]),
     "other shards": (None, {"shard_images": 4}, ["shard images = 5 there and 4 now"]),
     "an empty class": (empty_class, {}, ["n01999999 holds no images", "remove it"]),
-    "no images": (no_images, {}, ["train holds no images"]),
+    "no images": (no_images, {}, ["train holds no images", "give the path"]),
     "no folder": (None, {"data_dir": "absent"}, ["absent is not a folder: give the path"]),
     "a file as cache": (cache_is_a_file, {}, ["cache is a file: name a folder"]),
     "a user's folder as cache": (cache_is_a_users_folder, {}, ["holds no latents, but it is not empty"]),
