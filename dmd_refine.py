@@ -188,7 +188,7 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
         optimizers[player].step()
         return gradient
 
-    bar = progress(range(first, steps), name, done=first)
+    bar = progress(range(first, steps), name, initial=first, total=steps)
     for step in bar:
         start = time.perf_counter()
         # --- training step ---

@@ -252,7 +252,7 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=ma
     parts = {"net": net, "ema": ema, "optimizer": optimizer}
     if keep is not None:
         first, rows = keep.restore(parts)
-    bar = progress(range(first, steps), name, done=first)
+    bar = progress(range(first, steps), name, initial=first, total=steps)
     for step in bar:
         start = time.perf_counter()
         # --- training step ---
