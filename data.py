@@ -957,7 +957,6 @@ class RunFolder:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-<<<<<<< HEAD
         write_whole(path, lambda file: file.write((comment + text.getvalue()).encode()))
 
 
@@ -1007,8 +1006,6 @@ def save_grid(path, images, columns, zoom=4):
     sheet = sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: Image.fromarray(sheet.squeeze(2) if C == 1 else sheet).save(file, "png"))
-=======
-        write_whole(self.path / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1042,4 +1039,3 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
->>>>>>> h-enc

@@ -629,7 +629,9 @@ def report(row):
 # the same weights said, so every row names them. OURS: all of it; the paper shows no images this small.
 # ---------------------------------------------------------------------------------------------------------------------
 
-NAMES = {"hd": "HD: TD + DMD + AWD"}
+NAMES = {  # the sections of a run's plan that are students, and what tables call them
+    "scratch": "MeanFlow on data, no teacher", "dmd-no-td": "DMD, no TD", "dmd": "TD + DMD",
+    "mean": "TD + DMD + GAN, mean pooling", "hd-no-td": "DMD + AWD, no TD", "hd": "HD: TD + DMD + AWD"}  # fmt: skip
 CLASSIFIER_SEED = 2**32 - 1  # of the glyphs that it learns from: the last seed there is, which no run takes by chance
 CLOUD_ROWS = 5000  # images whose features make the clouds of precision and recall; the cost grows with the square
 
@@ -881,7 +883,7 @@ def print_rows(rows):
 
 
 def evaluate_run(run, count):
-    """evaluate.py --data glyphs: one table of all that the run holds, grid.png and spectrum.png."""
+    """evaluate.py --data glyphs: one table of all that the run holds, grid.png and spectrum.png; returns the rows."""
     judge = RunJudge(run, count)
     judge.data()
     judge.teacher()
@@ -900,6 +902,7 @@ def evaluate_run(run, count):
     images = [data.to_uint8(sampler(run.grid_eps, run.grid_y))[::4] for sampler in grid.values()]
     data.save_grid(run.folder.path / "grid.png", np.concatenate(images), columns=len(images[0]))
     print(f"In {run.folder.path}: results.json, spectrum.png, and grid.png with a row for each of: {'; '.join(grid)}.")
+    return judge.rows
 
 
 def run_sampler(run, stage):
