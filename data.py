@@ -626,9 +626,10 @@ class RunFolder:
                                    "name another with --out")  # fmt: skip
         elif any(path.suffix != ".partial" for path in self.path.iterdir()):
             raise BadInput(f"{self.path} is no run folder, but it is not empty: name another folder with --out")
+        self.config = old | config  # all sections, those of other scripts too
         try:
-            if old != old | config:
-                write_json(there, old | config)
+            if old != self.config:
+                write_json(there, self.config)
         except OSError as error:
             raise BadInput(f"can't write to {self.path} ({error.strerror}): name another folder with --out") from None
 

@@ -26,6 +26,7 @@ defaults of `refine`, found on seed 0 of the 2D toy. The functions here are call
 
 import argparse
 import math
+import re
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
 from data import positive_number, progress, rng, whole_number
+from meanflow_td import PLANS as STAGE_1
 from meanflow_td import (LOOK_EVERY, ImageRun, add_run_arguments, check_device, check_finite, flow_matching_loss,
                          generate, labelled, learning_rate, new_network, sample, sentences, student_objective)
 from models import add_noise, expand_times, frozen_copy, update_ema, x0_from_velocity
@@ -295,10 +297,18 @@ def dmd_panels(student, teacher, fake, eps, y, t=0.5):
     return torch.cat([x_gen, x0_real, x0_fake, grad / grad.abs().max()])
 
 
+def variant_name(text):
+    """A type for argparse: names of files and of sections of a run's settings that stage 1 does not have."""
+    taken = ("data", *STAGE_1["default"])
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text) or text in taken:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name of letters, digits, _.-, or is one of {taken}")
+    return text
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
-    parser.add_argument("--name", default="hd", help="what to call this variant (default: %(default)s)")
+    parser.add_argument("--name", type=variant_name, default="hd", help="name of this variant (default: %(default)s)")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of this stage (default: %(default)s)")
     parser.add_argument("--refine-steps", type=whole_number(1), help="updates of the student")
     parser.add_argument("--pooling", choices=("attention", "mean", "none"),
@@ -312,7 +322,7 @@ def main(arguments=None):
     with sentences(parser):
         keys = ("pooling", "init", "lambda_adv", "lambda_td", "student_steps")
         given = {(args.name, key): getattr(args, key) for key in keys} | {(args.name, "steps"): args.refine_steps}
-        run = ImageRun(args, given, {args.name: PLANS["quick" if args.quick else "default"]})
+        run = ImageRun(args, given, {args.name: PLANS["quick" if args.quick else "default"]}, needs=["teacher"])
         refine_images(run, args.name, args.seed)
         print(f"In {run.folder.path}: {args.name}-seed{args.seed}.pt, metrics.csv, and grids in samples/. "
               f"Next: python evaluate.py --data {args.data}")  # fmt: skip
