@@ -7,6 +7,7 @@ from helpers import broken, tiny_teacher, without_times
 from torch.distributions import Normal, kl_divergence
 
 import dmd_refine
+import meanflow_td
 from awd import AdaptiveWeightedDiscriminator
 from data import GaussianMixture, rng
 from meanflow_td import generate, sample, teacher_objective, train
@@ -185,6 +186,88 @@ def test_the_adversarial_term_moves_samples_towards_data(images):
         for p in student.parameters():
             p -= 0.01 * (p.grad if p.grad is not None else 0)
     assert logit() > before
+
+
+def network():
+    """A student of points in float64 whose second time has an effect."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = VelocityMLP(2, 8, 2, two_times=True).double()
+        torch.nn.init.normal_(net.embed_duration.weight, std=0.3)
+    return net
+
+
+def check_two_steps(module):
+    """Half of the rows by the formula of one call, half by that of two, and the gradients of both calls."""
+    net, eps = network(), torch.randn(8, 2, generator=rng(0, "eps"), dtype=torch.float64)
+    zero, half, one = (torch.full((4,), t, dtype=torch.float64) for t in (0, 0.5, 1))
+    first = eps[:4] - net(eps[:4], t=one, r=zero)
+    x_half = eps[4:] - net(eps[4:], t=one, r=half) / 2  # x_1/2 = eps - u(eps, 1/2, 1) / 2
+    second = x_half - net(x_half, t=half, r=zero) / 2  # x_0 = x_1/2 - u(x_1/2, 0, 1/2) / 2
+    x_gen = module.student_samples(net, eps, None, 2)
+    torch.testing.assert_close(x_gen, torch.cat([first, second]))
+    expected = torch.autograd.grad(torch.cat([first, second]).square().sum(), net.parameters())
+    for ours, theirs in zip(torch.autograd.grad(x_gen.square().sum(), net.parameters()), expected):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(module.student_samples(net, eps[:4], None, 1), first)
+
+
+def test_a_student_of_two_steps_learns_both():
+    check_two_steps(dmd_refine)
+    with pytest.raises(AssertionError):
+        check_two_steps(broken(dmd_refine, ("generate(student, half, labels, k + 1)",
+                                            "generate(student, half, labels, steps)")))  # fmt: skip
+    module = broken(dmd_refine)
+    module.generate = broken(meanflow_td, ("        x = x - net(", "        x = x.detach() - net(")).generate
+    with pytest.raises(AssertionError):  # the samples are right, and the first call learns nothing
+        check_two_steps(module)
+
+
+def test_labels_stay_with_their_rows_in_two_steps():
+    def net(x, *, t, r, y):  # a jump over t - r takes y (t - r) off: whatever the steps, x_0 = eps - y
+        return y[:, None].expand_as(x)
+
+    eps, y = torch.zeros(6, 2), torch.arange(6.0)
+    torch.testing.assert_close(dmd_refine.student_samples(net, eps, y, 2), -y[:, None].expand(6, 2))
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_lambda_td_adds_stage_1s_gradient(images, monkeypatch):
+    objective, stage_1 = dmd_refine.student_objective, []
+
+    def watched(student, x_data, y, eps, generator, *, teacher):
+        loss, terms = objective(student, x_data, y, eps, generator, teacher=teacher)
+        stage_1.extend(torch.autograd.grad(loss, student.parameters(), retain_graph=True))
+        return loss, terms
+
+    monkeypatch.setattr(dmd_refine, "student_objective", watched)
+    gradients = []
+    for lambda_td in (0.0, 0.7):
+        student, teacher, fake, discriminator, _, _, x_data, y, _ = cast(images)
+        draw = lambda n, g: (x_data[:n], None if y is None else y[:n])  # noqa: E731
+        _, rows = dmd_refine.refine(student, teacher, fake, draw, steps=1, batch=16, seed=0, stream="t", name="t",
+                                    discriminator=discriminator, taps=(0, 1), lambda_td=lambda_td)  # fmt: skip
+        assert ("du_dt" in rows[0]) == (lambda_td > 0) == bool(stage_1)
+        gradients.append([p.grad.clone() for p in student.parameters()])  # what the one update left
+    assert max(g.abs().max() for g in stage_1) > 1e-3
+    for without, both, td in zip(*gradients, stage_1):
+        torch.testing.assert_close(both, without + 0.7 * td, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("moving", ["lr", "lr_fake", "lr_discriminator"])
+def test_a_player_without_a_rate_stands_still(moving, images):
+    """Who moves is told by the three rates; nobody else does, the teacher never."""
+    student, teacher, fake, discriminator, _, _, x_data, y, _ = cast(images)
+    players = dict(lr=student, lr_fake=fake, lr_discriminator=discriminator, teacher=teacher)
+    before = {name: frozen_copy(net) for name, net in players.items()}
+    rates = {name: 1e-2 * (name == moving) for name in ("lr", "lr_fake", "lr_discriminator")}
+    draw = lambda n, g: (x_data[:n], None if y is None else y[:n])  # noqa: E731
+    dmd_refine.refine(student, teacher, fake, draw, steps=2, batch=8, seed=0, stream="t", name="t",
+                      discriminator=discriminator, taps=(0, 1), **rates)  # fmt: skip
+    for name, net in players.items():
+        same = all(torch.equal(a, b) for a, b in zip(net.parameters(), before[name].parameters()))
+        assert same == (name != moving), name
 
 
 @pytest.mark.parametrize("images", [False, True])
