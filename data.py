@@ -598,7 +598,7 @@ class Glyphs:
         return self.batch(indices)[0]
 
     def draw(self, batch, generator):
-        """A batch for training: x_0 (batch, 1, size, size) in [-1, 1] and labels (batch,), on the generator's device."""
+        """A batch for training: x_0 (batch, 1, size, size) in [-1, 1], labels (batch,), on the generator's device."""
         # the images behind a random place: neighbours share a block of random numbers, and 2^40 blocks never run out
         block = torch.randint(2**40, (1,), generator=generator, device=generator.device).item()
         start = block * DRAWS_PER_BLOCK
@@ -902,9 +902,10 @@ class RunFolder:
                                    "name another with --out")  # fmt: skip
         elif any(path.suffix != ".partial" for path in self.path.iterdir()):
             raise BadInput(f"{self.path} is no run folder, but it is not empty: name another folder with --out")
+        self.config = old | config  # all sections, those of other scripts too
         try:
-            if old != old | config:
-                write_json(there, old | config)
+            if old != self.config:
+                write_json(there, self.config)
         except OSError as error:
             raise BadInput(f"can't write to {self.path} ({error.strerror}): name another folder with --out") from None
 
@@ -960,8 +961,8 @@ class RunFolder:
         write_whole(path, lambda file: file.write((comment + text.getvalue()).encode()))
 
 
-METRICS_COMMENT = ("loss of MeanFlow (p = 1) is about 1 by construction: watch raw_error, the squared error before it is "
-                   "weighted. A column is empty where a network does not have it.")  # fmt: skip
+METRICS_COMMENT = ("loss of MeanFlow (p = 1) is about 1 by construction: watch raw_error, the squared error before it "
+                   "is weighted. A column is empty where a network does not have it.")  # fmt: skip
 
 
 class Keep:
@@ -975,7 +976,11 @@ class Keep:
 
     def __init__(self, run, name):
         self.run, self.path = run, run.path / f"{name}.unfinished"
-        self.saved = time.monotonic()
+        self.saved = self.start = time.monotonic()
+
+    def seconds(self):
+        """The time behind what the stage holds, over all processes that worked on it; what a kill cost is left out."""
+        return time.monotonic() - self.start
 
     def restore(self, parts):
         """Bring the parts to where they were saved last. -> steps done, rows; (0, []) if nothing was."""
@@ -984,13 +989,15 @@ class Keep:
             return 0, []
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        self.start -= state["seconds"]
         return state["steps"], state["rows"]
 
     def save(self, parts, steps, rows):
         """Save the parts after `steps` steps, if the last save was long ago."""
         if time.monotonic() - self.saved < self.EVERY:
             return
-        state = {"steps": steps, "rows": rows, **{name: part.state_dict() for name, part in parts.items()}}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"steps": steps, "rows": rows, "seconds": self.seconds()}
         write_whole(self.path, lambda file: torch.save(state, file))
         self.run.write_metrics(rows)
         self.saved = time.monotonic()

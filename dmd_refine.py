@@ -27,6 +27,7 @@ defaults of `refine`, found on seed 0 of the 2D toy. The functions here are call
 import argparse
 import math
 import os
+import re
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ import torch.nn.functional as F
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
 from data import positive_number, progress, rng, to_uint8, whole_number, write_json, write_whole
 from evaluate import NAMES, evaluate_run
+from meanflow_td import PLANS as STAGE_1
 from meanflow_td import (LOOK_EVERY, ImageRun, add_run_arguments, check_device, check_finite, draw_times,
                          flow_matching_loss, generate, labelled, learning_rate, meanflow_loss, new_network, sample,
                          sentences, student_objective)
@@ -471,12 +473,18 @@ def plot_ablation(path, rows, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
+def variant_name(text):
+    """A type for argparse: names of files and of sections of a run's settings that stage 1 does not have."""
+    taken = ("data", *STAGE_1["default"])
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text) or text in taken:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name of letters, digits, _.-, or is one of {taken}")
+    return text
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
-    parser.add_argument("--name", default="hd", help="what to call this variant (default: %(default)s)")
+    parser.add_argument("--name", type=variant_name, default="hd", help="name of this variant (default: %(default)s)")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of this stage (default: %(default)s)")
     parser.add_argument("--refine-steps", type=whole_number(1), help="updates of the student")
     parser.add_argument("--pooling", choices=("attention", "mean", "none"),
@@ -496,7 +504,7 @@ def main(arguments=None):
     with sentences(parser):
         keys = ("pooling", "init", "lambda_adv", "lambda_td", "student_steps")
         given = {(args.name, key): getattr(args, key) for key in keys} | {(args.name, "steps"): args.refine_steps}
-        run = ImageRun(args, given, {args.name: PLANS["quick" if args.quick else "default"]})
+        run = ImageRun(args, given, {args.name: PLANS["quick" if args.quick else "default"]}, needs=["teacher"])
         if args.ablation:
             run = ImageRun(args, {}, ablation_plan(run.plan["hd"], run.plan["td"]))
             run.load("td", two_times=True)  # or say that it is missing, before anything starts

@@ -50,7 +50,8 @@ from tqdm import tqdm
 import data
 import models
 from data import BadInput, whole_number
-from meanflow_td import ImageRun, add_run_arguments, learning_rate, sample, sample_euler, sample_ode, sentences
+from meanflow_td import (ImageRun, add_run_arguments, check_device, learning_rate, sample, sample_euler, sample_ode,
+                         sentences)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # InceptionV3 (Szegedy et al., arXiv 1512.00567), in the variant that TensorFlow published on 2015-12-05 and that all
@@ -889,7 +890,7 @@ def evaluate_run(run, count):
     judge.teacher()
     judge.student("td", "TD")
     grid = {"teacher, 50 calls": partial(sample_ode, run.load_teacher(), steps=25), "TD, 1 call": run_sampler(run, "td")}
-    for path in sorted(run.folder.path.glob("*-seed[0-9].pt")):
+    for path in sorted(run.folder.path.glob("*-seed*.pt")):
         name, seed = path.stem.rsplit("-seed", 1)
         if name in run.plan:
             for steps in range(1, run.plan[name].get("student_steps", 1) + 1):
@@ -988,9 +989,10 @@ def main(argv=None):
     add_run_arguments(parser)
     parser.set_defaults(data=None, device=devices[0])
     args = parser.parse_args(argv)
+    check_device(parser, args.device)
     if args.data:
         with sentences(parser):
-            evaluate_run(ImageRun(args, {}), args.count or (500 if args.quick else 10_000))
+            evaluate_run(ImageRun(args, {}, needs=["teacher", "td"]), args.count or (500 if args.quick else 10_000))
         return
     args.out = Path(args.out or "runs/evaluate")
     if not args.flops and not (args.images and (args.reference or args.save_npz)):

@@ -37,8 +37,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import (BadInput, Glyphs, ImageFolder, RunFolder, positive_number, progress, read_json, rng, save_grid,
-                  to_uint8, whole_number)
+from data import (BadInput, Glyphs, ImageFolder, RunFolder, positive_number, progress, rng, save_grid, to_uint8,
+                  whole_number)
 from models import DiT, Teacher, add_noise, expand_times, frozen_copy, student_from_teacher, update_ema
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,12 +316,16 @@ class ImageRun:
 
     args: the command line, of `add_run_arguments`. given: {(section, key): value or None}, settings from flags. A new run
     folder takes PLANS with these in it; one that is there already has its settings, and these must agree with them.
+    more: other sections. needs: stages that an earlier script has finished; without them nothing is written.
     Raises BadInput: no data, a folder with other settings, a stage that is not there yet.
     """
 
-    def __init__(self, args, given, more=None):
+    def __init__(self, args, given, more=None, needs=()):
         name = "-".join([args.data] + [str(args.size)] * (args.size != 16) + ["quick"] * args.quick)
         path = Path(args.out or f"runs/{name}")
+        for stage in needs:
+            if not (path / f"{stage}.pt").exists():
+                raise BadInput(f"{path} holds no finished {stage}: run meanflow_td.py with the same --data first")
         self.device = torch.device(args.device)
         if args.data == "glyphs":
             self.channels, classes = 1, [str(digit) for digit in range(10)]
@@ -332,7 +336,7 @@ class ImageRun:
             self.channels, classes = self.source.channels, self.source.classes
         plan = PLANS["quick" if args.quick else "default"] | (more or {})
         plan |= {"data": dict(data=args.data, size=args.size, channels=self.channels, classes=classes, seed=0)}
-        there = read_json(path / "config.json") if (path / "config.json").exists() else {}
+        there = RunFolder(path, {}).config
         plan = {name: dict(section) for name, section in (plan | there).items()}
         for (section, key), value in given.items():
             if value is not None:

@@ -364,7 +364,7 @@ class DiT(nn.Module):
         if self.two_times:
             span = at_least_fp32(t) - at_least_fp32(r)
             # minus the features of no span, so that at r = t this part is silent, after training too
-            c = c + self.span_embedder(span) - self.span_embedder(torch.zeros_like(span[:1]))
+            c = c + (self.span_embedder(span) - self.span_embedder(torch.zeros_like(span)))  # so at r = t exactly c
         x = self.x_embedder(x_t).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, D)
         tokens = {}
         for i, block in enumerate(self.blocks):
@@ -427,12 +427,14 @@ CLOCK = 30.0
 
 
 class Teacher(nn.Module):
-    """Velocity, with guidance, of a DiT that was trained here: its clock is CLOCK t. The published ones are below.
+    """Velocity, with guidance, of a DiT that was trained here: its clock is CLOCK t. Published ones, with theirs: below.
 
     net: a DiT. If it has 2C channels (learn_sigma), the first C are the prediction. With one time, the wrapper is a
         velocity field: a teacher, or a fake branch. With two_times it is a student, and forward needs r.
     w, cfg_channels: the guidance with which forward and sample_ddpm answer; see `velocity`. A student's w stays 1.
     """
+
+    clock = CLOCK  # the net's time for a unit of ours; 1 where a subclass has made the net's time itself
 
     def __init__(self, net, w=1.0, cfg_channels=3):
         super().__init__()
@@ -446,7 +448,7 @@ class Teacher(nn.Module):
 
     def unguided(self, x_t, t, y, taps, r=None):
         """v, or u if r is given, at x_t for the labels y as they are; the tapped tokens. What a subclass converts."""
-        v, tokens = self.raw(x_t, CLOCK * t, y, taps, None if r is None else CLOCK * r)
+        v, tokens = self.raw(x_t, self.clock * t, y, taps, None if r is None else self.clock * r)
         return v[:, :x_t.shape[1]], tokens
 
     def guided(self, answer, x, t, y, w, cfg_channels, taps=()):
@@ -495,6 +497,8 @@ class SiTTeacher(Teacher):
     A SiT's own sampler is `sample_sde`, and the ODE's Heun.
     """
 
+    clock = 1.0
+
     def unguided(self, x_t, t, y, taps, r=None):
         v_sit, tokens = super().unguided(x_t, 1 - t, y, taps, None if r is None else 1 - r)
         return -v_sit, tokens
@@ -528,6 +532,8 @@ class DiTTeacher(Teacher):
     - Beyond the ends, t is clamped: du/dt has no d_t u there, and the MeanFlow target is wrong by (t - r) d_t u. That
       is much at t > t_999. Draw the times of training in [t_0, t_999]: t = step_of(t)[0].
     """
+
+    clock = 1.0
 
     def __init__(self, net, w=1.0, cfg_channels=3):
         super().__init__(net, w, cfg_channels)

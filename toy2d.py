@@ -26,7 +26,6 @@ the discriminator weighs are the teacher's hidden layers, not places: attention 
 import argparse
 import io
 import math
-import time
 from functools import partial
 
 import matplotlib
@@ -38,10 +37,10 @@ import torch
 from PIL import Image
 
 from awd import AdaptiveWeightedDiscriminator
-from data import DENSITIES, BadInput, RunFolder, progress, rng, whole_number, write_json, write_whole
+from data import DENSITIES, RunFolder, progress, rng, whole_number, write_json, write_whole
 from dmd_refine import refine
-from meanflow_td import (flow_matching_loss, meanflow_target, sample, sample_ode, student_objective, teacher_objective,
-                         train)
+from meanflow_td import (check_device, flow_matching_loss, meanflow_target, new_network, sample, sample_euler,
+                         sample_ode, sentences, student_objective, teacher_objective, train)
 from models import VelocityMLP, add_noise, count_parameters, expand_times, frozen_copy
 
 DEPTH = 3  # hidden layers of every network here
@@ -127,11 +126,9 @@ class Judge:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def new_network(seed, stream, build):
-    """build() on the CPU, with random weights that depend on (seed, stream) alone; the global state stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng(seed, stream).initial_seed())
-        return build()
+def draw_points(density, batch, generator):
+    """A batch for the training loops: points x_0 (batch, 2), and None, since points have no labels."""
+    return density.draw(batch, generator), None
 
 
 def student_network(seed, width, device):
@@ -152,12 +149,11 @@ class Stages:
         self.run, self.judge, self.seed = run, judge, seed
 
     def __call__(self, name, what, net, fit, *, updates, sampler=sample, part="story"):
-        """`net` with the weights of the average network after fit(net) -> (ema, rows); its measures are kept."""
+        """`net` with the average network's weights after fit(net, keep=keep) -> (ema, rows); its measures are kept."""
 
-        def compute():
-            start = time.perf_counter()
-            ema, rows = fit(net)
-            seconds = time.perf_counter() - start
+        def compute(keep):
+            ema, rows = fit(net, keep=keep)
+            seconds = keep.seconds()
             x = in_blocks(partial(sampler, ema), self.judge.eps)
             result = new_result(what, self.seed, part=part, width=net.out.in_features, parameters=count_parameters(net),
                                 updates=updates, nfe=1, seconds=seconds, **self.judge(x))  # fmt: skip
@@ -172,11 +168,11 @@ def train_teacher(run, judge, plan, seed, device):
     """The teacher, and its many-step endpoints for the judge (at half the steps too: the floor of the replay error)."""
     net = new_network(seed, "teacher", lambda: VelocityMLP(2, TEACHER_WIDTH, DEPTH)).to(device)
 
-    def compute():
-        start, updates, steps = time.perf_counter(), plan["teacher_steps"], plan["ode_steps"]
-        ema, rows = train(net, judge.density.draw, teacher_objective, steps=updates, batch=TEACHER_BATCH, lr=LR_TEACHER,
-                          seed=seed, stream="teacher", name="teacher")  # fmt: skip
-        seconds = time.perf_counter() - start
+    def compute(keep):
+        draw, updates, steps = partial(draw_points, judge.density), plan["teacher_steps"], plan["ode_steps"]
+        ema, rows = train(net, draw, teacher_objective, steps=updates, batch=TEACHER_BATCH, lr=LR_TEACHER, seed=seed,
+                          stream="teacher", name="teacher", keep=keep)  # fmt: skip
+        seconds = keep.seconds()
         judge.x_teacher = in_blocks(partial(sample_ode, ema, steps=steps), judge.eps)
         coarse = in_blocks(partial(sample_ode, ema, steps=steps // 2), judge.eps)
         measures = judge(judge.x_teacher) | {"replay_error": judge(coarse)["replay_error"]}
@@ -193,7 +189,7 @@ def train_teacher(run, judge, plan, seed, device):
 def judge_fresh_data(run, judge, seed):
     """A row for another draw of the data: how good a perfect sampler would look."""
 
-    def compute():
+    def compute(keep):
         x = judge.density.draw(len(judge.eps), rng(seed, "fresh data")).to(judge.eps.device)
         return {"rows": [], "result": new_result("data against data", seed, **judge(x, replay=False))}
 
@@ -209,7 +205,7 @@ def tell_story(run, judge, plan, seed, device, first=True):
     teacher = train_teacher(run, judge, plan, seed, device)
     stages = Stages(run, judge, seed)
     td_steps, refine_steps = plan["td_steps"], plan["refine_steps"]
-    draw = judge.density.draw
+    draw = partial(draw_points, judge.density)
 
     def distill(name, what, width, steps):
         fit = partial(train, draw=draw, objective=partial(student_objective, teacher=teacher), steps=steps, batch=BATCH,
@@ -231,8 +227,9 @@ def tell_story(run, judge, plan, seed, device, first=True):
         if pooling is not None:
             build = partial(AdaptiveWeightedDiscriminator, [TEACHER_WIDTH], pooling)
             discriminator = new_network(seed, "discriminator", build).to(device)
-        fit = partial(refine, teacher=teacher, draw=draw, discriminator=discriminator, steps=steps, batch=BATCH,
-                      seed=seed, stream="refine", name=name, taps=TAPS)  # fmt: skip
+        fake = frozen_copy(teacher).requires_grad_(True)  # PAPER: the fake branch starts as the teacher
+        fit = partial(refine, teacher=teacher, fake=fake, draw=draw, discriminator=discriminator, steps=steps,
+                      batch=BATCH, seed=seed, stream="refine", name=name, taps=TAPS)  # fmt: skip
         return stages(name, what, student.requires_grad_(True), fit, updates=updates)
 
     both = td_steps + refine_steps
@@ -273,8 +270,8 @@ def consistency_loss(u_theta, x_t, v, *, t, p=1.0, c=1e-2):
     return (move * (err + c) ** -p).mean(), err
 
 
-def consistency_objective(net, x_0, eps, generator, *, teacher):
-    """Consistency distillation for a batch of data and noise (B, 2); net has one time, u(x_t, 0, t)."""
+def consistency_objective(net, x_0, y, eps, generator, *, teacher):
+    """Consistency distillation for a batch of data and noise (B, 2), y None; net has one time, u(x_t, 0, t)."""
     t = torch.rand(len(x_0), generator=generator, device=x_0.device).clamp_min(1e-3)  # the weight is 1/t
     x_t = add_noise(x_0, eps, t)
     with torch.no_grad():
@@ -293,7 +290,7 @@ def progressive_target(velocity, x_t, *, t, h):
     return (v_first + v_second) / 2
 
 
-def progressive_objective(net, x_0, eps, generator, *, previous, h):
+def progressive_objective(net, x_0, y, eps, generator, *, previous, h):
     """One round of progressive distillation: net learns to step 2 h where `previous` steps h. Both have one time."""
     count = round(1 / (2 * h))  # the student's grid: t = 2 h, 4 h, ..., 1
     t = 2 * h * (1 + torch.randint(count, (len(x_0),), generator=generator, device=x_0.device))
@@ -304,22 +301,21 @@ def progressive_objective(net, x_0, eps, generator, *, previous, h):
     return loss, {"raw_error": err.mean()}
 
 
-def distill_progressively(net, draw, *, teacher, rounds, steps, name, **settings):
-    """`rounds` halvings, from 2^rounds Euler steps of the teacher to one, share `steps` updates; returns as `train`."""
-    rows, previous = [], teacher
-    for k in range(rounds):
+def distill_progressively(net, draw, *, teacher, rounds, steps, name, keep, **settings):
+    """`rounds` halvings, from 2^rounds Euler steps of the teacher to one, share `steps` updates; returns as `train`.
+
+    keep: a data.Keep, and a killed distillation goes on with the round that it was in."""
+    parts = {"net": net}
+    first, rows = keep.restore(parts)
+    previous = frozen_copy(net) if first else teacher
+    for k in range(first, rounds):
         objective = partial(progressive_objective, previous=previous, h=2.0 ** (k - rounds))
         share = (k + 1) * steps // rounds - k * steps // rounds
         previous, more = train(net, draw, objective, steps=share, name=f"{name}-round-{k + 1}", **settings)
         net.load_state_dict(previous.state_dict())  # the next round's student starts from this round's
         rows += more
+        keep.save(parts, k + 1, rows)
     return previous, rows
-
-
-@torch.no_grad()
-def one_time_sample(net, eps):
-    """x_0 = eps - u(eps, 0, 1) for a network whose one time is t, and whose r is always 0."""
-    return eps - net(eps, t=eps.new_ones(len(eps)))
 
 
 def unify(run, judge, plan, seed, device):
@@ -337,8 +333,8 @@ def unify(run, judge, plan, seed, device):
     updates, calls = plan["td_steps"], 2 ** plan["unify_rounds"]
     settings = dict(steps=updates, batch=BATCH, seed=seed, stream="unify")
 
-    def euler():
-        x = in_blocks(partial(sample, lambda x_t, t, r: teacher(x_t, t=t), steps=calls), judge.eps)
+    def euler(keep):
+        x = in_blocks(partial(sample_euler, teacher, steps=calls), judge.eps)
         result = new_result(f"the teacher's {calls} Euler steps", seed, part="unify", nfe=calls, **judge(x))
         return {"rows": [], "result": result}
 
@@ -349,14 +345,14 @@ def unify(run, judge, plan, seed, device):
         roads = {
             "MeanFlow": (student_network(seed, width, device), sample,
                          partial(train, objective=partial(student_objective, teacher=teacher))),
-            "consistency": (one_time().to(device), one_time_sample,
+            "consistency": (one_time().to(device), sample_euler,
                             partial(train, objective=partial(consistency_objective, teacher=teacher))),
-            "progressive": (one_time().to(device), one_time_sample,
+            "progressive": (one_time().to(device), sample_euler,
                             partial(distill_progressively, teacher=teacher, rounds=plan["unify_rounds"])),
         }  # fmt: skip
         for road, (net, sampler, fit) in roads.items():
             name = f"unify-{road}-{width}"
-            fit = partial(fit, draw=judge.density.draw, lr=td_rate(width), name=name, **settings)
+            fit = partial(fit, draw=partial(draw_points, judge.density), lr=td_rate(width), name=name, **settings)
             stages(name, road, net, fit, updates=updates, sampler=sampler, part="unify")
 
 
@@ -473,7 +469,7 @@ def plot_unified(path, results):
 
 def report(run, judge, plan, seed):
     """Results, metrics, pictures and tables of all that the run folder holds; the story's picture is of one seed."""
-    states = run.stages()
+    states = {name: state for name, state in run.stages().items() if "result" in state}
     results = [state["result"] for state in states.values()]
     write_json(run.path / "results.json", results)
     run.write_metrics([row for state in states.values() for row in state["rows"]])
@@ -519,18 +515,15 @@ def parse_arguments(arguments):
         parser.add_argument(f"--{name}-steps", type=whole_number(1),
                             help=f"updates {what} (default: {PLANS['default'][f'{name}_steps']})")  # fmt: skip
     args = parser.parse_args(arguments)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} can't be used here ({str(error).splitlines()[0]}): try --device cpu")
+    check_device(parser, args.device)
     return parser, args
 
 
 def configuration(data, plan):
     """What config.json holds: all that two runs must share to share a folder."""
-    return {"script": "toy2d.py", "data": data, **plan, "depth": DEPTH, "taps": TAPS, "teacher_width": TEACHER_WIDTH,
-            "teacher_batch": TEACHER_BATCH, "batch": BATCH, "lr_teacher": LR_TEACHER,
-            "lr_td": {width: td_rate(width) for width in plan["widths"]}}  # fmt: skip
+    return {"toy2d": {"data": data, **plan, "depth": DEPTH, "taps": TAPS, "teacher_width": TEACHER_WIDTH,
+                      "teacher_batch": TEACHER_BATCH, "batch": BATCH, "lr_teacher": LR_TEACHER,
+                      "lr_td": {width: td_rate(width) for width in plan["widths"]}}}  # fmt: skip
 
 
 def main(arguments=None):
@@ -539,7 +532,7 @@ def main(arguments=None):
     given = {f"{name}_steps": getattr(args, f"{name}_steps") for name in ("teacher", "td", "refine")}
     plan |= {key: steps for key, steps in given.items() if steps is not None}
     name = "-".join(["toy2d"] + [args.data] * (args.data != "checkerboard") + ["quick"] * args.quick)
-    try:
+    with sentences(parser):
         run = RunFolder(args.out or f"runs/{name}", configuration(args.data, plan))
         device = torch.device(args.device)
         for seed in range(args.seed, args.seed + args.seeds):
@@ -549,14 +542,6 @@ def main(arguments=None):
             else:
                 tell_story(run, judge, plan, seed, device, first=seed == args.seed)
         report(run, judge, plan, args.seed)
-    except BadInput as error:
-        parser.exit(2, f"toy2d.py: {error}\n")
-    except OSError as error:
-        parser.exit(2, f"toy2d.py: {error}; every finished network is kept, and the same command goes on\n")
-    except FloatingPointError as error:
-        parser.exit(3, f"toy2d.py: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\ntoy2d.py: stopped; the same command goes on from the last finished network\n")
 
 
 if __name__ == "__main__":

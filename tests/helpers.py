@@ -4,10 +4,18 @@ The numbers in the tests are what the official code answered (facebookresearch/D
 networks had been filled by this same rule.
 """
 
+import signal
+import subprocess
+import sys
 import types
 from pathlib import Path
 
 import torch
+from torch import nn
+
+from models import DiT, Teacher
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def wave(*shape, phase=0, freq=0.37):
@@ -37,6 +45,49 @@ def fill(module):
                 values = 1 + values
         entry.copy_(values)  # state_dict shares memory with the module
     return module.eval()
+
+
+def tiny_teacher(seed=0, two_times=False):
+    """A DiT for images (B, 1, 8, 8) of 3 classes in its wrapper, with random weights in the place of DiT's zeros."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = DiT(8, 4, 1, 16, 2, 2, num_classes=3, two_times=two_times)
+        for parameter in net.parameters():
+            nn.init.normal_(parameter, std=0.15)
+    return Teacher(net)
+
+
+def without_times(rows):
+    """Rows of metrics without what no two runs share: how long a step took."""
+    return [{key: value for key, value in row.items() if key != "seconds_per_step"} for row in rows]
+
+
+SAVE_EACH_STEP = """
+import os, signal, sys
+import data, {script}
+data.Keep.EVERY = 0
+save, stage, last = data.Keep.save, sys.argv[1], int(sys.argv[2])
+def save_and_die(keep, parts, steps, rows):
+    save(keep, parts, steps, rows)
+    print("saved", keep.path.stem, steps, flush=True)
+    if (keep.path.stem, steps) == (stage, last):
+        os.kill(os.getpid(), {signal})
+data.Keep.save = save_and_die
+{script}.main(sys.argv[3:])
+"""
+
+
+def run_saving(script, *arguments, die=("", 0)):
+    """A script's main in a process of its own, which saves at each step and is SIGKILLed after `die` = (stage, steps).
+
+    Returns the first thing that it saved, "stage steps": where it went on.
+    """
+    code = SAVE_EACH_STEP.format(script=script, signal=int(signal.SIGKILL))
+    process = subprocess.run([sys.executable, "-c", code, *map(str, [*die, *arguments])], cwd=ROOT, text=True,
+                             capture_output=True, timeout=200)  # fmt: skip
+    assert process.returncode == (-signal.SIGKILL if die[0] else 0), process.stderr
+    saved = [line.removeprefix("saved ") for line in process.stdout.splitlines() if line.startswith("saved ")]
+    return saved[0] if saved else None
 
 
 def broken(module, *replacements):

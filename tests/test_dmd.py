@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from helpers import broken
+from helpers import broken, tiny_teacher, without_times
 from torch.distributions import Normal, kl_divergence
 
 import dmd_refine
+import meanflow_td
 from awd import AdaptiveWeightedDiscriminator
 from data import GaussianMixture, rng
-from meanflow_td import sample, teacher_objective, train
+from meanflow_td import generate, sample, teacher_objective, train
 from models import VelocityMLP, frozen_copy, score_from_velocity
 
 REAL = GaussianMixture(torch.tensor([[0.5]], dtype=torch.float64), 0.6)  # one component each: plain Gaussians, in 1D
@@ -102,15 +103,22 @@ def test_scores_and_guesses_point_the_same_way():
 ADVERSARIAL = {"lambda_adv": 0.1, "taps": (0, 1)}
 
 
-def cast(pooling="attention"):
-    """Student, teacher, fake branch and discriminator, small; and noise, data and times for them."""
+def cast(images=False, pooling="attention"):
+    """Student, teacher, fake branch and discriminator, small; and noise, data, labels and times for them.
+
+    images: DiTs with labels; else MLPs for points in the plane, whose labels are None.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        student, teacher = VelocityMLP(2, 8, 2, two_times=True), VelocityMLP(2, 8, 2).requires_grad_(False)
-        discriminator = AdaptiveWeightedDiscriminator([8], pooling)
-        fake = VelocityMLP(2, 8, 2)
-        eps, noise, x_data = torch.randn(3, 16, 2)
-    return student, teacher, fake, discriminator, eps, noise, x_data, torch.linspace(0.1, 0.9, 16)
+        if images:
+            student, teacher, fake = tiny_teacher(1, two_times=True), tiny_teacher(2), tiny_teacher(3)
+            discriminator, shape = AdaptiveWeightedDiscriminator([16, 16], pooling), (1, 8, 8)
+        else:
+            student, teacher, fake = VelocityMLP(2, 8, 2, two_times=True), VelocityMLP(2, 8, 2), VelocityMLP(2, 8, 2)
+            discriminator, shape = AdaptiveWeightedDiscriminator([8], pooling), (2,)
+        eps, noise, x_data = torch.randn(3, 16, *shape)
+    y, t = torch.arange(16) % 3 if images else None, torch.linspace(0.1, 0.9, 16)
+    return student, teacher.requires_grad_(False), fake, discriminator, eps, noise, x_data, y, t
 
 
 def moved(*nets):
@@ -119,25 +127,29 @@ def moved(*nets):
     return [have == of if have in (0, of) else "some" for have, of in counts]
 
 
-def check_routing(module):
-    student, teacher, fake, discriminator, eps, noise, x_data, t = cast()
-    loss, x_gen, _ = module.generator_loss(student, teacher, fake, discriminator, eps, noise, t, **ADVERSARIAL)
+def check_routing(module, images=False):
+    student, teacher, fake, discriminator, eps, noise, x_data, y, t = cast(images)
+    x_gen = generate(student, eps, y)
+    loss, _ = module.generator_loss(teacher, fake, discriminator, x_gen, y, noise, t, **ADVERSARIAL)
     loss.backward()
     assert moved(student, teacher, fake, discriminator) == [True, False, False, False]
     student.zero_grad(set_to_none=True)
-    module.fake_branch_loss(fake, x_gen, noise, t).backward()
+    x_gen = generate(student, eps, y)
+    module.fake_branch_loss(fake, x_gen, y, noise, t).backward()
     assert moved(student, teacher, fake, discriminator) == [False, False, True, False]
     fake.zero_grad(set_to_none=True)
     both = torch.cat([noise, noise]), torch.cat([t, t])
-    loss, _ = module.discriminator_loss(discriminator, teacher, x_data, x_gen, *both, taps=(0, 1))
+    loss, _ = module.discriminator_loss(discriminator, teacher, x_data, x_gen, y, *both, taps=(0, 1))
     loss.backward()
     assert moved(student, teacher, fake, discriminator) == [False, False, False, True]
 
 
-def test_each_update_moves_its_own_network_only():
-    check_routing(dmd_refine)
+@pytest.mark.parametrize("images", [False, True])
+def test_each_update_moves_its_own_network_only(images):
+    check_routing(dmd_refine, images)
 
 
+@pytest.mark.parametrize("images", [False, True])
 @pytest.mark.parametrize("old, new", [
     ("        with fixed(discriminator):\n", "        if True:\n"),
     ("    x_gen = x_gen.detach()\n    loss, _ = flow", "    loss, _ = flow"),
@@ -145,26 +157,29 @@ def test_each_update_moves_its_own_network_only():
      "torch.cat([x_data, x_gen]), noise, t)\n    if True:"),
     ("    with torch.no_grad():\n        v_fake = fake", "    if True:\n        v_fake = fake"),
 ])  # fmt: skip
-def test_a_leak_is_caught(old, new):
+def test_a_leak_is_caught(old, new, images):
     module = broken(dmd_refine, (old, new))
     if "v_fake" in new:  # the gradient is held fixed twice, in the loss too: both have to break
         module = broken(dmd_refine, (old, new), ("(x_gen - grad).detach()", "(x_gen.detach() - grad)"))
     with pytest.raises((AssertionError, RuntimeError)):
-        check_routing(module)
+        check_routing(module, images)
 
 
-def test_the_adversarial_term_moves_samples_towards_data():
+@pytest.mark.parametrize("images", [False, True])
+def test_the_adversarial_term_moves_samples_towards_data(images):
     """The student's gradient of the adversarial term alone raises the discriminator's logit."""
-    student, teacher, _, discriminator, eps, noise, _, t = cast()
+    student, teacher, _, discriminator, eps, noise, _, y, t = cast(images)
     fake = frozen_copy(teacher)  # equal to the teacher: no DMD gradient, the adversarial term stands alone
+    label = {} if y is None else {"y": y}
 
     def logit():
-        x_t = dmd_refine.add_noise(dmd_refine.one_step(student, eps), noise, t)
-        return discriminator(teacher(x_t, t=t, taps=(0, 1))[1]).mean().item()
+        x_t = dmd_refine.add_noise(sample(student, eps, y), noise, t)
+        return discriminator(teacher(x_t, t=t, taps=(0, 1), **label)[1]).mean().item()
 
     discriminator.eval()  # spectral norm without its power iteration, so that before and after can be compared
     before = logit()
-    loss, _, terms = dmd_refine.generator_loss(student, teacher, fake, discriminator, eps, noise, t, **ADVERSARIAL)
+    x_gen = generate(student, eps, y)
+    loss, terms = dmd_refine.generator_loss(teacher, fake, discriminator, x_gen, y, noise, t, **ADVERSARIAL)
     assert terms["grad_dmd"] == 0 and loss.item() == pytest.approx(-0.1 * before, abs=1e-6)
     loss.backward()
     with torch.no_grad():
@@ -173,18 +188,103 @@ def test_the_adversarial_term_moves_samples_towards_data():
     assert logit() > before
 
 
+def network():
+    """A student of points in float64 whose second time has an effect."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = VelocityMLP(2, 8, 2, two_times=True).double()
+        torch.nn.init.normal_(net.embed_duration.weight, std=0.3)
+    return net
+
+
+def check_two_steps(module):
+    """Half of the rows by the formula of one call, half by that of two, and the gradients of both calls."""
+    net, eps = network(), torch.randn(8, 2, generator=rng(0, "eps"), dtype=torch.float64)
+    zero, half, one = (torch.full((4,), t, dtype=torch.float64) for t in (0, 0.5, 1))
+    first = eps[:4] - net(eps[:4], t=one, r=zero)
+    x_half = eps[4:] - net(eps[4:], t=one, r=half) / 2  # x_1/2 = eps - u(eps, 1/2, 1) / 2
+    second = x_half - net(x_half, t=half, r=zero) / 2  # x_0 = x_1/2 - u(x_1/2, 0, 1/2) / 2
+    x_gen = module.student_samples(net, eps, None, 2)
+    torch.testing.assert_close(x_gen, torch.cat([first, second]))
+    expected = torch.autograd.grad(torch.cat([first, second]).square().sum(), net.parameters())
+    for ours, theirs in zip(torch.autograd.grad(x_gen.square().sum(), net.parameters()), expected):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(module.student_samples(net, eps[:4], None, 1), first)
+
+
+def test_a_student_of_two_steps_learns_both():
+    check_two_steps(dmd_refine)
+    with pytest.raises(AssertionError):
+        check_two_steps(broken(dmd_refine, ("generate(student, half, labels, k + 1)",
+                                            "generate(student, half, labels, steps)")))  # fmt: skip
+    module = broken(dmd_refine)
+    module.generate = broken(meanflow_td, ("        x = x - net(", "        x = x.detach() - net(")).generate
+    with pytest.raises(AssertionError):  # the samples are right, and the first call learns nothing
+        check_two_steps(module)
+
+
+def test_labels_stay_with_their_rows_in_two_steps():
+    def net(x, *, t, r, y):  # a jump over t - r takes y (t - r) off: whatever the steps, x_0 = eps - y
+        return y[:, None].expand_as(x)
+
+    eps, y = torch.zeros(6, 2), torch.arange(6.0)
+    torch.testing.assert_close(dmd_refine.student_samples(net, eps, y, 2), -y[:, None].expand(6, 2))
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_lambda_td_adds_stage_1s_gradient(images, monkeypatch):
+    objective, stage_1 = dmd_refine.student_objective, []
+
+    def watched(student, x_data, y, eps, generator, *, teacher):
+        loss, terms = objective(student, x_data, y, eps, generator, teacher=teacher)
+        stage_1.extend(torch.autograd.grad(loss, student.parameters(), retain_graph=True))
+        return loss, terms
+
+    monkeypatch.setattr(dmd_refine, "student_objective", watched)
+    gradients = []
+    for lambda_td in (0.0, 0.7):
+        student, teacher, fake, discriminator, _, _, x_data, y, _ = cast(images)
+        draw = lambda n, g: (x_data[:n], None if y is None else y[:n])  # noqa: E731
+        _, rows = dmd_refine.refine(student, teacher, fake, draw, steps=1, batch=16, seed=0, stream="t", name="t",
+                                    discriminator=discriminator, taps=(0, 1), lambda_td=lambda_td)  # fmt: skip
+        assert ("du_dt" in rows[0]) == (lambda_td > 0) == bool(stage_1)
+        gradients.append([p.grad.clone() for p in student.parameters()])  # what the one update left
+    assert max(g.abs().max() for g in stage_1) > 1e-3
+    for without, both, td in zip(*gradients, stage_1):
+        torch.testing.assert_close(both, without + 0.7 * td, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("moving", ["lr", "lr_fake", "lr_discriminator"])
+def test_a_player_without_a_rate_stands_still(moving, images):
+    """Who moves is told by the three rates; nobody else does, the teacher never."""
+    student, teacher, fake, discriminator, _, _, x_data, y, _ = cast(images)
+    players = dict(lr=student, lr_fake=fake, lr_discriminator=discriminator, teacher=teacher)
+    before = {name: frozen_copy(net) for name, net in players.items()}
+    rates = {name: 1e-2 * (name == moving) for name in ("lr", "lr_fake", "lr_discriminator")}
+    draw = lambda n, g: (x_data[:n], None if y is None else y[:n])  # noqa: E731
+    dmd_refine.refine(student, teacher, fake, draw, steps=2, batch=8, seed=0, stream="t", name="t",
+                      discriminator=discriminator, taps=(0, 1), **rates)  # fmt: skip
+    for name, net in players.items():
+        same = all(torch.equal(a, b) for a, b in zip(net.parameters(), before[name].parameters()))
+        assert same == (name != moving), name
+
+
+@pytest.mark.parametrize("images", [False, True])
 @pytest.mark.parametrize("pooling", ["attention", "mean", None])
-def test_refining_is_the_same_twice_and_keeps_teacher_and_start(pooling):
+def test_refining_is_the_same_twice_and_keeps_teacher_and_start(pooling, images):
     results = []
     for _ in range(2):
-        student, teacher, _, discriminator, _, _, x_data, _ = cast(pooling or "mean")
+        student, teacher, fake, discriminator, _, _, x_data, y, _ = cast(images, pooling or "mean")
         before = frozen_copy(teacher)
         discriminator = discriminator if pooling else None
-        ema, rows = dmd_refine.refine(student, teacher, lambda n, g: x_data[:n], steps=3, batch=8, seed=0, stream="t",
-                                      name="t", discriminator=discriminator, taps=(0, 1))  # fmt: skip
+        draw = lambda n, g: (x_data[:n], None if y is None else y[:n])  # noqa: E731
+        ema, rows = dmd_refine.refine(student, teacher, fake, draw, steps=3, batch=8, seed=0, stream="t", name="t",
+                                      discriminator=discriminator, taps=(0, 1))  # fmt: skip
         assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), before.parameters()))
-        assert ("accuracy" in rows[0]) == (pooling is not None)
-        results.append((list(ema.parameters()), rows))
+        assert all(p.grad is None for p in teacher.parameters())
+        assert ("accuracy" in rows[0]) == (pooling is not None) and rows[0]["gradient"] > 0
+        results.append((list(ema.parameters()), without_times(rows)))
     assert results[0][1] == results[1][1]
     assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0]))
 
@@ -194,11 +294,11 @@ def test_dmd_brings_a_gaussian_student_to_the_teacher():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         student, teacher = VelocityMLP(1, 16, 1, two_times=True), VelocityMLP(1, 16, 1)
-    draw = lambda n, g: REAL.draw(n, g).float()  # noqa: E731
+    draw = lambda n, g: (REAL.draw(n, g).float(), None)  # noqa: E731
     settings = dict(steps=400, batch=256, seed=0, stream="t", name="t")
     teacher, _ = train(teacher, draw, teacher_objective, lr=5e-3, **settings)
     eps = torch.randn(4000, 1, generator=rng(0, "eps"))
     assert abs(sample(student, eps).mean() - 0.5) > 0.2
-    ema, _ = dmd_refine.refine(student, teacher, draw, **settings)
+    ema, _ = dmd_refine.refine(student, teacher, frozen_copy(teacher).requires_grad_(True), draw, **settings)
     x = sample(ema, eps)
     assert abs(x.mean() - 0.5) < 0.08 and abs(x.std() - 0.6) < 0.08

@@ -277,9 +277,9 @@ def test_fingerprint(trained, judge, other):
 
 
 def test_classifier_out_of_a_run_folder_judges_alike(trained, judge, other, floor, tmp_path):
-    run = data.RunFolder(tmp_path / "run", {"data": "glyphs"})
+    run = data.RunFolder(tmp_path / "run", {"data": {"data": "glyphs"}})
     for _ in range(2):  # computed, then read
-        state = run.stage("classifier", lambda: {"net": trained[0].state_dict(), "accuracy": trained[1]})
+        state = run.stage("classifier", lambda keep: {"net": trained[0].state_dict(), "accuracy": trained[1]})
     net = evaluate.GlyphClassifier(SIZE)
     net.load_state_dict(state["net"])
     again = evaluate.GlyphJudge(net, SIZE, COUNT)

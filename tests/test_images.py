@@ -30,6 +30,20 @@ def test_uint8_round_trip_is_exact_and_values_are_dits():
     assert data.to_uint8(levels).ravel().tolist() == [0, 0, 128, 128, 255, 255]
 
 
+def test_a_grid_shows_every_image_at_its_place(tmp_path):
+    for channels in (1, 3):
+        images = np.random.default_rng(0).integers(1, 256, (7, 5, 4, channels), np.uint8)
+        path = tmp_path / "new" / f"{channels}.png"
+        data.save_grid(path, images, columns=3, zoom=2)
+        with Image.open(path) as file:
+            sheet = np.asarray(file).reshape(3 * 10, 3 * 8, channels)
+        for i in range(9):
+            row, column = divmod(i, 3)
+            tile = sheet[10 * row:10 * row + 10, 8 * column:8 * column + 8]
+            expected = images[i].repeat(2, axis=0).repeat(2, axis=1) if i < 7 else 0 * tile  # the last row is not full
+            np.testing.assert_array_equal(tile, expected)
+
+
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
@@ -209,3 +223,18 @@ def test_glyphs_refuse():
             data.Glyphs(size)
     with pytest.raises(TypeError, match="length"):
         len(data.Glyphs(16))
+
+
+def test_drawn_glyphs_are_glyphs_with_their_labels():
+    glyphs = data.Glyphs(16, seed=3)
+    x_0, y = glyphs.draw(300, data.rng(0, "batch"))  # more than one block of random numbers
+    assert x_0.shape == (300, 1, 16, 16) and x_0.dtype == torch.float32 and (x_0.min(), x_0.max()) == (-1, 1)
+    assert y.shape == (300,) and y.dtype == torch.int64 and set(y.tolist()) == set(range(10))
+    again, y_again = glyphs.draw(300, data.rng(0, "batch"))
+    assert torch.equal(x_0, again) and torch.equal(y, y_again)
+    for other, generator in [(glyphs, data.rng(0, "batch", 1)), (data.Glyphs(16, seed=4), data.rng(0, "batch"))]:
+        assert not torch.equal(x_0, other.draw(300, generator)[0])
+    # image and label are those of one index each, and the place of the batch is the generator's first number
+    start = torch.randint(2**40, (1,), generator=data.rng(0, "batch")).item() * data.DRAWS_PER_BLOCK
+    images, labels = glyphs.batch(range(start, start + 300))
+    assert torch.equal(x_0, data.to_float(images)) and y.tolist() == labels.tolist()

@@ -6,7 +6,7 @@ Each check is a function of the module that it checks, so that it can be run on 
 import numpy as np
 import pytest
 import torch
-from helpers import broken
+from helpers import broken, without_times
 from scipy.integrate import solve_ivp
 
 import meanflow_td
@@ -202,17 +202,58 @@ def test_only_rows_with_a_span_are_differentiated():
     assert (du_dt[:5] != 0).any(dim=1).all() and (du_dt[5:] == 0).all()
 
 
-def test_a_label_reaches_the_network_row_by_row():
+def check_labels(module):
+    """du/dt of a network that multiplies by its label, on rows of which every other has a span."""
     def labelled(x_t, *, t, r, y):
         return x_t * y[:, None] + t[:, None] * y[:, None]
 
     x_t, r, t = points(6, 2)
     r[::2] = t[::2]
     y = torch.arange(6.0, dtype=torch.float64)
-    _, du_dt = meanflow_td.meanflow_target(labelled, x_t, x_t, r=r, t=t, y=y)
+    u_target, du_dt = module.meanflow_target(labelled, x_t, x_t, r=r, t=t, y=y)
     expected = (x_t + 1) * y[:, None]  # d/dt (x y + t y) with dx/dt = v = x
     expected[::2] = 0
     torch.testing.assert_close(du_dt, expected)
+    _, err = module.meanflow_loss(labelled, x_t, x_t, r=r, t=t, y=y)
+    torch.testing.assert_close(err, (labelled(x_t, t=t, r=r, y=y) - u_target).square().sum(1))
+    one_time = lambda x_t, *, t, y: labelled(x_t, t=t, r=t, y=y)  # noqa: E731
+    _, err = module.flow_matching_loss(one_time, x_t, x_t, t=t, y=y)
+    torch.testing.assert_close(err, (one_time(x_t, t=t, y=y) - x_t).square().sum(1))
+
+
+def test_a_label_reaches_the_network_row_by_row():
+    check_labels(meanflow_td)
+    for old, new in [("y[rows]", "y"), ("y[rows]", "y[:len(rows)]"), ("y[rows]", "y.flip(0)[rows]"),
+                     ("t=t, r=r, **labelled(y)) - u_target", "t=t, r=r, **labelled(y.flip(0))) - u_target")]:
+        with pytest.raises((AssertionError, RuntimeError)):
+            check_labels(broken(meanflow_td, (old, new)))
+
+
+def check_dropout(module):
+    """One label in ten is the null class, drawn anew; the others stay; without a null class all do."""
+    heard = []
+
+    def net(x_t, *, t, y):
+        heard.append(y)
+        return x_t
+
+    y = torch.arange(20_000) % 3
+    x_0, eps = torch.randn(2, 20_000, 2, generator=rng(0, "x"))
+    for step, null_class in [(0, 3), (1, 3), (0, None)]:
+        module.teacher_objective(net, x_0, y, eps, rng(0, "objective", step), null_class=null_class)
+    for labels in heard[:2]:
+        dropped = labels == 3
+        assert 0.09 < dropped.float().mean() < 0.11 and torch.equal(labels[~dropped], y[~dropped])
+        assert all(0.08 < dropped[y == k].float().mean() < 0.12 for k in range(3))
+    assert not torch.equal(heard[0], heard[1]) and torch.equal(heard[2], y)
+
+
+def test_one_label_in_ten_is_dropped():
+    check_dropout(meanflow_td)
+    for old, new in [("< 0.1  #", "< 0.2  #"), ("(dropped, null_class, y)", "(dropped, 0, y)"),
+                     ("(dropped, null_class, y)", "(dropped, y, null_class)")]:
+        with pytest.raises(AssertionError):
+            check_dropout(broken(meanflow_td, (old, new)))
 
 
 def test_r_after_t_is_refused():
@@ -271,7 +312,28 @@ def test_heun_is_of_second_order():
     assert (euler.sample_ode(GaussianFlow().velocity, eps, steps=40) - (MEAN + STD * eps)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("sampler", [meanflow_td.sample, meanflow_td.sample_ode])
+def test_euler_is_of_first_order():
+    eps = torch.randn(64, 3, generator=rng(0, "eps"), dtype=torch.float64)
+    errors = [(meanflow_td.sample_euler(GaussianFlow().velocity, eps, steps=n) - (MEAN + STD * eps)).abs().max()
+              for n in (80, 160, 320)]  # fmt: skip
+    assert errors[0] > 1e-3
+    assert all(1.8 < a / b < 2.2 for a, b in zip(errors, errors[1:]))
+    labelled = lambda x, *, t, y: GaussianFlow().velocity(x, t=t) + y[:, None]  # noqa: E731
+    shifted = meanflow_td.sample_euler(labelled, eps, torch.ones(64, dtype=torch.float64), steps=1)
+    torch.testing.assert_close(shifted, meanflow_td.sample_euler(GaussianFlow().velocity, eps, steps=1) - 1)
+
+
+def test_generate_has_a_graph_and_sample_has_none():
+    net, eps = network(), torch.randn(8, 3, generator=rng(0, "eps"), dtype=torch.float64)
+    for steps in (1, 3):
+        x_gen, x_0 = meanflow_td.generate(net, eps, steps=steps), meanflow_td.sample(net, eps, steps=steps)
+        assert torch.equal(x_gen, x_0) and x_gen.requires_grad and not x_0.requires_grad
+        x_gen.square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("sampler", [meanflow_td.sample, meanflow_td.generate, meanflow_td.sample_ode,
+                                     meanflow_td.sample_euler])
 def test_no_step_is_no_sample(sampler):
     with pytest.raises(ValueError, match="at least 1 step, not 0"):
         sampler(network(), torch.zeros(1, 3), steps=0)
@@ -290,12 +352,15 @@ def test_training_is_the_same_twice_and_stops_at_a_number_that_is_none():
         objective = meanflow_td.teacher_objective
         return meanflow_td.train(net, draw, objective, steps=3, batch=16, lr=1e-3, seed=0, stream="t", name="t")
 
-    draw = MIXTURE.draw
-    (a, rows_a), (b, rows_b) = run(lambda n, g: draw(n, g).float()), run(lambda n, g: draw(n, g).float())
-    assert rows_a == rows_b and len(rows_a) == 2
+    def draw(batch, generator):
+        return MIXTURE.draw(batch, generator).float(), None
+
+    (a, rows_a), (b, rows_b) = run(draw), run(draw)
+    assert without_times(rows_a) == without_times(rows_b) and len(rows_a) == 2
+    assert rows_a[0]["gradient"] > 0 and rows_a[0]["seconds_per_step"] >= 0
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
     with pytest.raises(FloatingPointError, match="t, seed 0, step 0: loss is nan"):
-        run(lambda n, g: torch.full((n, 2), float("nan")))
+        run(lambda n, g: (torch.full((n, 2), float("nan")), None))
 
 
 def test_the_learning_rate_rises_and_falls():

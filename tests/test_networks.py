@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 import models
-from helpers import fill, wave
+from helpers import broken, fill, wave
 from models import AutoencoderKL, DiT, DiTTeacher, SiTTeacher, Teacher
 
 SIGMA_NET = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=48, depth=2, num_heads=4, num_classes=10,
@@ -178,11 +178,32 @@ def test_student_starts_as_its_teacher_and_then_hears_r():
     u = student(x, t=t, r=torch.zeros(2), y=y)
     assert (u - student(x, t=t, r=t, y=y)).abs().max() > 1e-3
     # What is embedded is t - r, by a net of its own: with that net's output in place of zero, we get the same.
-    bias = student.span_embedder(t)
+    bias = student.span_embedder(t) - student.span_embedder(torch.zeros(2))
     student.t_embedder.register_forward_hook(lambda module, inputs, out: out + bias)
     student.span_embedder.mlp[2].weight.data.zero_()
     student.span_embedder.mlp[2].bias.data.zero_()
     assert torch.allclose(student(x, t=t, r=torch.zeros(2), y=y), u, atol=1e-6)
+
+
+def check_silent_span(module):
+    """A student of any weights answers at r = t what a net with one time and the same weights answers, to the bit."""
+    student, (x, y) = module.DiT(**PLAIN_NET, two_times=True), batch(PLAIN_NET)
+    for k, parameter in enumerate(student.parameters()):  # random everywhere: as after training, not as at birth
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(k))
+    teacher, t = module.DiT(**PLAIN_NET), torch.tensor([0.9, 0.4])
+    teacher.load_state_dict({k: v for k, v in student.state_dict().items() if not k.startswith("span_embedder")})
+    assert (student(x, t=t, r=torch.zeros(2), y=y) - teacher(x, t=t, y=y)).abs().max() > 1e-3
+    assert torch.equal(student(x, t=t, r=t, y=y), teacher(x, t=t, y=y))
+    wrapped, plain = module.Teacher(student), module.Teacher(teacher)
+    assert torch.equal(wrapped(x, t=t, r=t, y=y), plain(x, t=t, y=y))
+
+
+def test_a_span_of_zero_is_silent():
+    check_silent_span(models)
+    for new in ("self.span_embedder(span)", "self.span_embedder(span) - self.span_embedder(torch.ones_like(span))"):
+        with pytest.raises(AssertionError):
+            check_silent_span(broken(models, (
+                "(self.span_embedder(span) - self.span_embedder(torch.zeros_like(span)))", new)))
 
 
 def test_r_is_required_with_two_times_and_refused_without():
@@ -358,6 +379,23 @@ def test_dit_teacher_is_not_rounded_by_autocast_or_by_bfloat16():
         assert torch.equal(teacher.velocity(x, t=t, y=y), v)
     with pytest.raises(RuntimeError, match="should be the same"):
         teacher.to(torch.bfloat16).velocity(x, t=t, y=y)
+
+
+@pytest.mark.parametrize("kind, times", [
+    (Teacher, lambda t: models.CLOCK * t), (SiTTeacher, lambda t: 1 - t), (DiTTeacher, lambda t: None)])
+def test_each_wrapper_tells_its_net_the_time_by_the_nets_own_clock(kind, times):
+    heard = {}
+
+    def net(x, *, t, y, r=None, taps=()):
+        heard.update(t=t, r=r)
+        return x
+
+    teacher, x, y = kind(net), wave(3, 2, 1, 1), torch.zeros(3, dtype=torch.int64)
+    t, r = torch.tensor([0.3, 0.6, 0.9]), torch.tensor([0.1, 0.2, 0.9])
+    teacher(x, t=t, r=r, y=y)
+    for name, time in (("t", t), ("r", r)):
+        expected = teacher.step_of(time)[1] if kind is DiTTeacher else times(time)
+        assert torch.equal(heard[name], expected), name
 
 
 # --- guidance ---

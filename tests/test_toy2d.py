@@ -2,17 +2,15 @@
 
 import csv
 import json
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, run_saving, without_times
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--quick", "--teacher-steps", "4", "--td-steps", "3", "--refine-steps", "3"]
 
 
@@ -34,8 +32,15 @@ def contents(folder):
         state = torch.load(path, weights_only=True)
         result = {k: v for k, v in state["result"].items() if k != "seconds"}
         net = {k: v.tolist() for k, v in state.get("net", {}).items()}
-        states[path.stem] = [net, state["rows"], result, state.get("points", torch.empty(0)).tolist()]
-    return states, (folder / "metrics.csv").read_text()
+        states[path.stem] = [net, without_times(state["rows"]), result, state.get("points", torch.empty(0)).tolist()]
+    return states, without_times(metrics(folder))
+
+
+def metrics(folder):
+    """The rows of metrics.csv, below its line of comment."""
+    with open(folder / "metrics.csv") as file:
+        assert next(file).startswith("# ")
+        return list(csv.DictReader(file))
 
 
 @pytest.mark.slow
@@ -53,8 +58,7 @@ def test_quick_tells_the_whole_story(tmp_path):
         assert 0 <= row["share_inside"] <= 1 and row["sliced_w2"] >= 0 and row["seed"] == 0 and "nfe" in row
         assert row["what"] in text
     # the same number of updates for every student, however it spends them; counted by the steps that were logged
-    with open(out / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = metrics(out)
     updates = {row["network"]: int(row["step"]) + 1 for row in rows}
     assert all(float(row["du_dt"]) > 0 for row in rows if row["network"] == "td-start")
     for name, count in updates.items():
@@ -90,20 +94,29 @@ def test_unify_measures_three_roads(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
-    code, _, err = run(*TINY, "--out", tmp_path / "whole")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, _, err = run(*TINY, "--out", whole)
     assert code == 0, err
-    stages = len(list((tmp_path / "whole").glob("*.pt")))
-    for wanted in (2, 6, 11):  # killed once so many stages are finished, somewhere in the next one
-        process = start(*TINY, "--out", tmp_path / "killed")
-        while len(list((tmp_path / "killed").glob("*.pt"))) < wanted:
-            assert process.poll() is None
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert wanted <= len(list((tmp_path / "killed").glob("*.pt"))) < stages
-    code, _, err = run(*TINY, "--out", tmp_path / "killed")
-    assert code == 0, err
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    went_on = "seed0-teacher 1"
+    for stage, steps in [("seed0-teacher", 2), ("seed0-td-12", 6), ("seed0-hd", 1), ("seed0-dmd", 4)]:
+        assert run_saving("toy2d", *TINY, "--out", killed, die=(stage, steps)) == went_on
+        assert (killed / f"{stage}.unfinished").exists() and not (killed / f"{stage}.pt").exists()
+        went_on = f"{stage} {steps + 1}"  # not at the stage's start; of td-12 there is nothing left but to finish it
+        if steps == 6:
+            went_on = "seed0-td-16 1"
+    assert run_saving("toy2d", *TINY, "--out", killed) == went_on
+    assert contents(killed) == contents(whole)
+    assert not list(killed.glob("*.unfinished")) and not list(killed.glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_a_killed_progressive_distillation_goes_on_with_its_round(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(*TINY, "--unify", "--out", whole)[0] == 0
+    stage = "seed0-unify-progressive-8"
+    assert run_saving("toy2d", *TINY, "--unify", "--out", killed, die=(stage, 2)) == "seed0-teacher 1"
+    assert run_saving("toy2d", *TINY, "--unify", "--out", killed) == f"{stage} 3"
+    assert contents(killed) == contents(whole)
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -117,7 +130,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     (["--out", "FILE"], "name another run folder with --out"),
     (["--out", "FILE/below"], "name another run folder with --out"),
     (["--out", "OTHER"], "is no run folder, but it is not empty"),
-    (["--out", "RINGS"], "holds a run of another configuration (data = 'rings' there and 'checkerboard' now)"),
+    (["--out", "RINGS"], "holds a run of another configuration (of toy2d: data = 'rings' there and 'checkerboard'"),
 ])  # fmt: skip
 def test_a_mistake_gets_one_sentence(tmp_path, capsys, arguments, sentence):
     import toy2d

@@ -1,5 +1,7 @@
 """The parts of the toy: its network, densities, measures, randomness and run folder."""
 
+import csv
+import json
 import math
 
 import pytest
@@ -188,21 +190,21 @@ def test_new_networks_leave_the_global_state_alone():
 
 
 def test_a_stage_is_computed_once(tmp_path, capsys):
-    run, calls = RunFolder(tmp_path / "run", {"a": 1}), []
+    run, calls = RunFolder(tmp_path / "run", {"toy": {"a": 1}}), []
 
-    def compute():
+    def compute(keep):
         calls.append(1)
         return {"net": {"w": torch.ones(2)}, "number": 0.1 + len(calls)}
 
     first = run.stage("one", compute)
-    again = RunFolder(tmp_path / "run", {"a": 1}).stage("one", compute)
+    again = RunFolder(tmp_path / "run", {"toy": {"a": 1}}).stage("one", compute)
     assert len(calls) == 1 and first["number"] == again["number"] and torch.equal(first["net"]["w"], again["net"]["w"])
     run.stage("two", compute)
     assert list(run.stages()) == ["one", "two"]
     path = tmp_path / "run" / "one.pt"
     path.write_bytes(path.read_bytes()[:100])  # a truncated file is named, and its stage computed again
     assert run.stage("one", compute)["number"] == 3.1
-    assert "one.pt is damaged" in capsys.readouterr().out and (tmp_path / "run" / "one.damaged").exists()
+    assert "one.pt is damaged" in capsys.readouterr().out and (tmp_path / "run" / "one.pt.damaged").exists()
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
@@ -213,7 +215,7 @@ def test_nothing_executable_is_unpickled(tmp_path):
 
     run = RunFolder(tmp_path / "run", {})
     torch.save({"net": Evil()}, tmp_path / "run" / "one.pt")
-    assert run.stage("one", lambda: {"good": 1})["good"] == 1
+    assert run.stage("one", lambda keep: {"good": 1})["good"] == 1
     assert not (tmp_path / "evil").exists()
 
 
@@ -248,15 +250,22 @@ def test_run_folders_that_can_not_be_used(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="no run folder.*--out"):
         RunFolder(tmp_path / "other", {})
     (tmp_path / "list").mkdir()
-    for damaged in ("[1, 2]", '{"data": '):
+    for damaged in ("[1, 2]", '{"data": ', '{"data": "rings"}'):
         (tmp_path / "list" / "config.json").write_text(damaged)
         with pytest.raises(BadInput, match="config.json"):
             RunFolder(tmp_path / "list", {})
-    RunFolder(tmp_path / "run", {"data": "rings", "sizes": (1, 2)})
-    RunFolder(tmp_path / "run", {"data": "rings", "sizes": (1, 2)})  # the same again is fine
-    with pytest.raises(BadInput, match="data = 'rings' there and 'spirals' now"):
-        RunFolder(tmp_path / "run", {"data": "spirals", "sizes": (1, 2)})
-    assert "rings" in (tmp_path / "run" / "config.json").read_text()
+    config = {"toy": {"data": "rings", "sizes": (1, 2)}, "net": {"width": 8}}
+    RunFolder(tmp_path / "run", config)
+    RunFolder(tmp_path / "run", config)  # the same again is fine, and so is a part of it
+    RunFolder(tmp_path / "run", {"net": {"width": 8}})
+    with pytest.raises(BadInput, match=r"\(of toy: data = 'rings' there and 'spirals' now\)"):
+        RunFolder(tmp_path / "run", {"toy": {"data": "spirals", "sizes": (1, 2)}})
+    with pytest.raises(BadInput, match=r"\(of net: depth = None there and 2 now\)"):
+        RunFolder(tmp_path / "run", {"more": {"a": 1}, "net": {"width": 8, "depth": 2}})
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == json.loads(json.dumps(config))
+    RunFolder(tmp_path / "run", {"more": {"a": 1}})  # a new section joins
+    joined = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert joined == json.loads(json.dumps(config | {"more": {"a": 1}}))
     assert sorted(p.name for p in (tmp_path / "other").iterdir()) == ["thesis.tex"]
 
     def refuse(path, write):
@@ -264,10 +273,18 @@ def test_run_folders_that_can_not_be_used(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "write_whole", refuse)
     with pytest.raises(BadInput, match="can't write to .*Permission denied.*--out"):
-        RunFolder(tmp_path / "locked", {})
+        RunFolder(tmp_path / "locked", {"toy": {}})
 
 
-def test_metrics_have_a_column_for_every_key(tmp_path):
-    run = RunFolder(tmp_path / "run", {})
-    run.write_metrics([{"step": 0, "loss": 1.5}, {"step": 1, "du_dt": 2.0}])
-    assert (tmp_path / "run" / "metrics.csv").read_text() == "step,loss,du_dt\n0,1.5,\n1,,2.0\n"
+def test_metrics_have_a_column_for_every_key_and_one_row_for_each_step(tmp_path):
+    run, path = RunFolder(tmp_path / "run", {}), tmp_path / "run" / "metrics.csv"
+    a, b = {"network": "a", "seed": 0, "step": 0}, {"network": "b", "seed": 0, "step": 0}
+    run.write_metrics([a | {"loss": 1.5}, a | {"step": 1, "du_dt": 2.0}])
+    comment, *lines = path.read_text().splitlines()
+    assert comment.startswith("# ") and lines == ["network,seed,step,loss,du_dt", "a,0,0,1.5,", "a,0,1,,2.0"]
+    run.write_metrics([b | {"gradient": 3.0}, a | {"seed": 1}])  # another network, another seed: they join
+    run.write_metrics([a | {"loss": 0.5}])  # the same again: its rows are replaced, all of them
+    comment, *lines = path.read_text().splitlines()
+    assert comment.startswith("# ") and len(lines) == 4
+    rows = {(row["network"], row["seed"]): row for row in csv.DictReader(lines)}
+    assert rows["a", "0"]["loss"] == "0.5" and rows["b", "0"]["gradient"] == "3.0" and rows["a", "1"]["loss"] == ""
