@@ -26,20 +26,26 @@ defaults of `refine`, found on seed 0 of the 2D toy. The functions here are call
 
 import argparse
 import math
+import os
 import re
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 import torch.nn.functional as F
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
-from data import positive_number, progress, rng, whole_number
+from data import positive_number, progress, rng, to_uint8, whole_number, write_json, write_whole
+from evaluate import NAMES, evaluate_run
 from meanflow_td import PLANS as STAGE_1
-from meanflow_td import (LOOK_EVERY, ImageRun, add_run_arguments, check_device, check_finite, flow_matching_loss,
-                         generate, labelled, learning_rate, new_network, sample, sentences, student_objective)
+from meanflow_td import (LOOK_EVERY, ImageRun, add_run_arguments, check_device, check_finite, draw_times,
+                         flow_matching_loss, generate, labelled, learning_rate, meanflow_loss, new_network, sample,
+                         sentences, student_objective)
 from models import add_noise, expand_times, frozen_copy, update_ema, x0_from_velocity
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +196,7 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
         optimizers[player].step()
         return gradient
 
-    bar = progress(range(first, steps), name, done=first)
+    bar = progress(range(first, steps), name, initial=first, total=steps)
     for step in bar:
         start = time.perf_counter()
         # --- training step ---
@@ -278,8 +284,10 @@ def refine_images(run, name, seed):
         ema, rows = refine(student.requires_grad_(True), teacher, fake, run.source.draw, discriminator=discriminator,
                            **plan, seed=seed, stream="refine", name=stage, keep=keep, look=look)  # fmt: skip
         run.folder.write_metrics(rows)
-        heads = {} if discriminator is None else {"discriminator": discriminator.state_dict()}
-        return {"net": ema.state_dict(), "rows": rows, **heads}
+        if pooling == "attention":
+            weights = attention_weights(ema, teacher, discriminator, run.grid_eps, run.grid_y, taps=plan["taps"])
+            plot_attention(run.folder.path / f"attention-{stage}.png", *weights, taps=plan["taps"])
+        return {"net": ema.state_dict(), "rows": rows}
 
     return run.folder.stage(stage, compute)
 
@@ -297,6 +305,174 @@ def dmd_panels(student, teacher, fake, eps, y, t=0.5):
     return torch.cat([x_gen, x0_real, x0_fake, grad / grad.abs().max()])
 
 
+@torch.no_grad()
+def attention_weights(student, teacher, discriminator, eps, y, *, taps, t=0.3):
+    """Where the AWD looks: x_gen (8, C, H, W) and, for each tapped layer, its weights over the tokens, (8, side, side)."""
+    eps, y = eps[::len(eps) // 8][:8], y[::len(y) // 8][:8]
+    x_gen, times = generate(student, eps, y), eps.new_full((len(eps),), t)
+    _, features = teacher(add_noise(x_gen, eps.flip(0), times), t=times, y=y, taps=taps)
+    weights = [head.weights(head.norm_tokens(f)) for head, f in zip(discriminator.heads, features)]
+    return x_gen.cpu(), [a.unflatten(1, (math.isqrt(a.shape[1]), -1)).cpu() for a in weights]
+
+
+def plot_attention(path, x_gen, weights, *, taps):
+    """attention.png: generated images, and below each the weights over its tokens; 1 is an even share."""
+    figure = Figure(figsize=(1.3 * len(x_gen), 1.4 * (1 + len(weights))), constrained_layout=True)
+    axes = figure.subplots(1 + len(weights), len(x_gen))
+    for axis, image in zip(axes[0], to_uint8(x_gen)):
+        axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+    for row, a, tap in zip(axes[1:], weights, taps):
+        share = a * a[0].numel()
+        for axis, image, one in zip(row, to_uint8(x_gen), share):
+            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+            shown = axis.imshow(one, cmap="inferno", alpha=0.7, vmin=0, vmax=share.max(), interpolation="nearest",
+                                extent=(-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5))  # fmt: skip
+        row[0].set_ylabel(f"block {tap}")
+        figure.colorbar(shown, ax=list(row), label="weight / even share")
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ablation
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What differs from HD. Those without TD get the updates of both stages.
+VARIANTS = {
+    "hd-no-td": dict(init="teacher"), "dmd-no-td": dict(init="teacher", pooling="none"), "hd": {},
+    "mean": dict(pooling="mean"), "dmd": dict(pooling="none"),
+}  # fmt: skip
+
+
+def ablation_plan(plan, td):
+    """Sections for all variants: `plan` is HD's, td is stage 1's. "scratch" is MeanFlow on data, with random weights."""
+    both = plan["steps"] + td["steps"]
+    sections = {name: {**plan, **change, "steps": both if change.get("init") == "teacher" else plan["steps"]}
+                for name, change in VARIANTS.items()}  # fmt: skip
+    return sections | {"scratch": {key: td[key] for key in ("batch", "lr", "clip")} | {"steps": both}}
+
+
+def ablation_job(args, name, seed):
+    """Train one variant with one seed, on one thread: the same bits however many jobs run side by side."""
+    torch.set_num_threads(1)
+    run = ImageRun(args, {})
+    if name == "scratch":
+        net = run.network("scratch", two_times=True, seed=seed)
+        run.train(f"{name}-seed{seed}", net, student_objective, section=name, sampler=sample, seed=seed)
+    else:
+        refine_images(run, name, seed)
+
+
+def ablation(args, run):
+    """All variants and seeds, `args.workers` at a time; then the table, ablation.png and ablation.json."""
+    jobs = [(name, seed) for seed in range(args.seeds) for name in (*VARIANTS, "scratch")]
+    context = torch.multiprocessing.get_context("spawn")  # a forked child would inherit half of torch's threads
+    with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        waiting = {pool.submit(ablation_job, args, *job): job for job in jobs}
+        try:
+            for job in progress(as_completed(waiting), "ablation", total=len(jobs)):
+                name, seed = waiting[job]
+                try:
+                    job.result()
+                except FloatingPointError as error:  # a variant that diverges is a result
+                    print(f"{error}. It is missing from the table.")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    for state in run.folder.stages().values():
+        run.folder.write_metrics(state.get("rows", []))
+    rows = evaluate_run(run, args.count)
+    told = compare(rows)
+    variances = [gradient_variance(run, seed) for seed in range(args.seeds)]
+    ratio = [v["data"] / v["teacher"] for v in variances]
+    told.append(f"The gradient of MeanFlow's loss varies {np.mean(ratio):.2f} +- {np.std(ratio, ddof=len(ratio) > 1):.2f} "
+                "times as much with eps - x_0 as with the teacher's velocity.")  # fmt: skip
+    print("\n".join(told))
+    write_json(run.folder.path / "ablation.json", {"comparisons": told, "gradient_variance": variances})
+    plot_ablation(run.folder.path / "ablation.png", rows, run.folder)
+    print(f"In {run.folder.path}: ablation.json, ablation.png")
+
+
+def compare(rows):
+    """Sentences on the paper's two orderings, in Frechet distance and in recall, with their spread over seeds."""
+    pairs = [("hd", "hd-no-td", "with AWD, a start from TD against none"), ("dmd", "dmd-no-td", "with DMD alone, a start from TD against none"),
+             ("hd", "mean", "attention against mean pooling"), ("hd", "dmd", "an adversarial term against none")]  # fmt: skip
+    told = []
+    for first, second, what in pairs:
+        for measure in ("frechet", "recall"):
+            groups = [[row[measure] for row in rows if row["what"] == NAMES[name] and row["nfe"] == 1]
+                      for name in (first, second)]  # fmt: skip
+            if not all(groups):
+                continue
+            means, spreads = [np.mean(g) for g in groups], [np.std(g, ddof=len(g) > 1) for g in groups]
+            # OURS: two standard errors of the difference
+            error = 2 * math.sqrt(sum(s**2 / len(g) for s, g in zip(spreads, groups)))
+            apart = min(map(len, groups)) > 1 and abs(means[0] - means[1]) > error
+            better = means[0] < means[1] if measure == "frechet" else means[0] > means[1]
+            verdict = ("better" if better else "worse") if apart else "not separated"
+            told.append(f"{what}: {measure} {means[0]:.4f} +- {spreads[0]:.4f} against {means[1]:.4f} +- "
+                        f"{spreads[1]:.4f}: {verdict}")  # fmt: skip
+    return told
+
+
+def gradient_variance(run, seed, batches=32):
+    """How much the gradient of MeanFlow's loss at the TD student varies from batch to batch, by the source of v.
+
+    The trace of the gradient's covariance over `batches` batches, without the adaptive weight: u_target is linear in
+    v, so that the expected gradient is the same with the teacher's v as with the conditional eps - x_0, as far as the
+    teacher is right, and the variances compare. Same data, noise and times for both.
+    """
+    student, plan = run.load("td", two_times=True).requires_grad_(True), run.plan["td"]
+    teacher, variance = run.load_teacher(), {}
+    for source in ("teacher", "data"):
+        gradients = []
+        for k in range(batches):
+            generator = rng(seed, "gradient variance", k, run.device)
+            x_0, y = run.source.draw(plan["batch"], generator)
+            eps, (r, t) = normal_like(x_0, generator), draw_times(len(x_0), generator)
+            x_t = add_noise(x_0, eps, t)
+            with torch.no_grad():
+                v = teacher(x_t, t=t, y=y) if source == "teacher" else eps - x_0
+            loss, _ = meanflow_loss(student, x_t, v, r=r, t=t, y=y, p=0)
+            parts = torch.autograd.grad(loss, list(student.parameters()))
+            gradients.append(torch.cat([part.flatten() for part in parts]))
+        gradients = torch.stack(gradients).double()  # (batches, parameters)
+        variance[source] = gradients.var(dim=0).sum().item()
+    return {"seed": seed, **variance}
+
+
+def plot_ablation(path, rows, folder):
+    """ablation.png: each variant's Frechet distance and recall, a mark for each seed; error with and without TD."""
+    figure = Figure(figsize=(12, 4.2), constrained_layout=True)
+    axes = figure.subplots(1, 3)
+    names = ["td", "scratch", "dmd-no-td", "dmd", "mean", "hd-no-td", "hd"]
+    titles = {"td": "TD", **NAMES}
+    for axis, measure in zip(axes, ("frechet", "recall")):
+        for place, name in enumerate(names):
+            values = [row[measure] for row in rows if row["what"] == titles[name] and row["nfe"] == 1]
+            axis.plot(values, [place] * len(values), "o", color="#d55e00" if name == "hd" else "#0072b2")
+        floors = [row[measure] for row in rows if row["what"] == "teacher, Heun" and row["w"] == 1]
+        axis.axvline(min(floors) if measure == "frechet" else max(floors), color="black", ls="--", label="teacher")
+        axis.set_yticks(range(len(names)), [titles[name] for name in names] if axis is axes[0] else [])
+        axis.set_xlabel({"frechet": "Frechet distance (lower is better)", "recall": "recall (higher is better)"}[measure])
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0].set_xscale("log")
+    for name, label, colour in (("td", "TD: the teacher's velocity", "#d55e00"), ("scratch-seed0", "on data, no teacher", "#0072b2")):
+        state = folder.finished(name)
+        if state is not None:
+            axes[2].plot([row["step"] for row in state["rows"]], [row["raw_error"] for row in state["rows"]],
+                         color=colour, label=label)  # fmt: skip
+    axes[2].set(yscale="log", xlabel="update", ylabel="MeanFlow's squared error, unweighted")
+    axes[2].grid(alpha=0.3)
+    axes[2].legend(fontsize=8)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
 def variant_name(text):
     """A type for argparse: names of files and of sections of a run's settings that stage 1 does not have."""
     taken = ("data", *STAGE_1["default"])
@@ -317,12 +493,23 @@ def main(arguments=None):
     parser.add_argument("--lambda-adv", type=positive_number, help="weight of the adversarial term")
     parser.add_argument("--lambda-td", type=positive_number, help="weight of stage 1's loss, kept on (default: off)")
     parser.add_argument("--student-steps", type=int, choices=(1, 2), help="2: one student for 1 and 2 calls (default: 1)")
+    parser.add_argument("--ablation", action="store_true", help="all variants and seeds, from one teacher and one TD")
+    parser.add_argument("--seeds", type=whole_number(1, 10), default=3, help="of --ablation (default: %(default)s)")
+    parser.add_argument("--workers", type=whole_number(1, 64), default=os.cpu_count(),
+                        help="of --ablation: jobs side by side (default: %(default)s, one for each core)")  # fmt: skip
+    parser.add_argument("--count", type=whole_number(100, 10**6), default=10_000,
+                        help="of --ablation: images in each row of the table (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(arguments)
     check_device(parser, args.device)
     with sentences(parser):
         keys = ("pooling", "init", "lambda_adv", "lambda_td", "student_steps")
         given = {(args.name, key): getattr(args, key) for key in keys} | {(args.name, "steps"): args.refine_steps}
         run = ImageRun(args, given, {args.name: PLANS["quick" if args.quick else "default"]}, needs=["teacher"])
+        if args.ablation:
+            run = ImageRun(args, {}, ablation_plan(run.plan["hd"], run.plan["td"]))
+            run.load("td", two_times=True)  # or say that it is missing, before anything starts
+            ablation(args, run)
+            return
         refine_images(run, args.name, args.seed)
         print(f"In {run.folder.path}: {args.name}-seed{args.seed}.pt, metrics.csv, and grids in samples/. "
               f"Next: python evaluate.py --data {args.data}")  # fmt: skip

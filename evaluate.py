@@ -9,7 +9,8 @@ sFID does so with 2023 numbers that keep the place in the image, precision is th
 within the data's cloud, recall the share of data within the generated cloud, and the Inception Score asks whether
 single images are surely of one class while all of them together are of all classes. The same samples get another FID
 from another evaluator: the resize to 299 px alone moves it by 0.1, the number of images by much more. So every number
-here carries its fingerprint: what was compared with what, and by which rules.
+here carries its fingerprint: what was compared with what, and by which rules. For glyphs of 16 or 32 px, which would
+have to be blown up to 299, GlyphJudge asks the same of a small classifier that is trained in half a minute.
 
     python evaluate.py --reference VIRTUAL_imagenet256_labeled.npz --images samples/     # the papers' ImageNet protocol
     python evaluate.py --reference glyphs --images runs/student/samples                  # held-out glyphs
@@ -629,7 +630,9 @@ def report(row):
 # the same weights said, so every row names them. OURS: all of it; the paper shows no images this small.
 # ---------------------------------------------------------------------------------------------------------------------
 
-NAMES = {"hd": "HD: TD + DMD + AWD"}
+NAMES = {  # the sections of a run's plan that are students, and what tables call them
+    "scratch": "MeanFlow on data, no teacher", "dmd-no-td": "DMD, no TD", "dmd": "TD + DMD",
+    "mean": "TD + DMD + GAN, mean pooling", "hd-no-td": "DMD + AWD, no TD", "hd": "HD: TD + DMD + AWD"}  # fmt: skip
 CLASSIFIER_SEED = 2**32 - 1  # of the glyphs that it learns from: the last seed there is, which no run takes by chance
 CLOUD_ROWS = 5000  # images whose features make the clouds of precision and recall; the cost grows with the square
 
@@ -746,7 +749,7 @@ class GlyphJudge:
     def __init__(self, classifier, size, count=10_000, seed=0):
         if classifier.size != size:
             raise ValueError(f"a classifier of {classifier.size} px glyphs can't judge {size} px")
-        self.classifier, self.size, self.count, self.seed = models.frozen_copy(classifier), size, count, seed
+        self.classifier, self.size, self.count, self.seed = models.frozen_copy(classifier).cpu(), size, count, seed
         state = self.classifier.state_dict()
         self.sha = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in state.values())).hexdigest()[:8]
         images, _ = held_out_glyphs(size, count, seed)
@@ -881,7 +884,7 @@ def print_rows(rows):
 
 
 def evaluate_run(run, count):
-    """evaluate.py --data glyphs: one table of all that the run holds, grid.png and spectrum.png."""
+    """evaluate.py --data glyphs: one table of all that the run holds, grid.png and spectrum.png; returns the rows."""
     judge = RunJudge(run, count)
     judge.data()
     judge.teacher()
@@ -900,6 +903,7 @@ def evaluate_run(run, count):
     images = [data.to_uint8(sampler(run.grid_eps, run.grid_y))[::4] for sampler in grid.values()]
     data.save_grid(run.folder.path / "grid.png", np.concatenate(images), columns=len(images[0]))
     print(f"In {run.folder.path}: results.json, spectrum.png, and grid.png with a row for each of: {'; '.join(grid)}.")
+    return judge.rows
 
 
 def run_sampler(run, stage):

@@ -252,7 +252,7 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=ma
     parts = {"net": net, "ema": ema, "optimizer": optimizer}
     if keep is not None:
         first, rows = keep.restore(parts)
-    bar = progress(range(first, steps), name, done=first)
+    bar = progress(range(first, steps), name, initial=first, total=steps)
     for step in bar:
         start = time.perf_counter()
         # --- training step ---
@@ -292,8 +292,8 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=ma
 PLANS = {
     "default": {
         "network": dict(patch_size=4, hidden_size=96, depth=4, num_heads=4),
-        "teacher": dict(steps=16_000, batch=64, lr=3e-3, clip=300.0),
-        "td": dict(steps=2000, batch=64, lr=1e-3, clip=50.0, w=1.0),
+        "teacher": dict(steps=32_000, batch=64, lr=3e-3, clip=300.0),
+        "td": dict(steps=1500, batch=64, lr=1e-3, clip=50.0, w=1.0),
     },
     "quick": {
         "network": dict(patch_size=4, hidden_size=32, depth=2, num_heads=2),
@@ -355,11 +355,11 @@ class ImageRun:
         size = self.plan["data"]["size"]
         return torch.randn(count, self.channels, size, size, generator=rng(0, stream)).to(self.device)
 
-    def network(self, stream, two_times=False):
-        """A DiT in its wrapper, with random weights that depend on the run's seed and the stream alone."""
+    def network(self, stream, two_times=False, seed=None):
+        """A DiT in its wrapper, with random weights that depend on the seed (else the run's) and the stream alone."""
         build = partial(DiT, self.plan["data"]["size"], in_channels=self.channels, num_classes=self.classes,
                         two_times=two_times, **self.plan["network"])  # fmt: skip
-        return Teacher(new_network(self.seed, stream, build)).to(self.device)
+        return Teacher(new_network(self.seed if seed is None else seed, stream, build)).to(self.device)
 
     def student(self, teacher):
         """A student that answers as its teacher without guidance does, whatever r is."""
@@ -380,17 +380,18 @@ class ImageRun:
         teacher.w = self.plan["td"]["w"]
         return teacher
 
-    def train(self, name, net, objective, *, section, sampler):
+    def train(self, name, net, objective, *, section, sampler, seed=None):
         """Train `net` as the plan's section says, or find it finished: stage `name` of the run.
 
-        sampler(net, eps, y) -> x_0: for the grids in samples/."""
+        sampler(net, eps, y) -> x_0: for the grids in samples/. seed: if not the run's."""
 
         def look(step, ema):
             self.save_samples(f"{name}-{step:06d}", sampler(ema, self.grid_eps, self.grid_y))
 
         def compute(keep):
             plan = {key: self.plan[section][key] for key in ("steps", "batch", "lr", "clip")}
-            ema, rows = train(net, self.source.draw, objective, **plan, seed=self.seed, stream=section, name=name,
+            ema, rows = train(net, self.source.draw, objective, **plan, stream=section, name=name,
+                              seed=self.seed if seed is None else seed,
                               keep=keep, look=look)  # fmt: skip
             self.folder.write_metrics(rows)
             return {"net": ema.state_dict(), "rows": rows}
