@@ -245,13 +245,8 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=ma
     loss, terms: one of those above. steps, batch: integers >= 1; lr: the peak of Adam's learning rate. seed, stream:
     what the randomness of each step is made from; networks that are to be compared share them. name: what the bar and
     the rows call this network, with a row every `log_every` steps. clip: the gradient's greatest norm. keep: a
-<<<<<<< HEAD
     data.Keep, and a killed training goes on. look(step, ema): called now and then, to draw samples. Raises
     FloatingPointError when the loss is not finite.
-=======
-    data.Keep, and a killed training goes on.
-    look(step, ema): called now and then, to draw samples. Raises FloatingPointError when the loss is not finite.
->>>>>>> h-toy
     """
     device = next(net.parameters()).device
     # OURS: 0.99, a memory of 100 steps; MeanFlow has 0.95. TD of the toy did not care (0.95, 0.99, 0.999, one seed)
@@ -323,11 +318,7 @@ class ImageRun:
     """What the three scripts share of a run on images: its folder, settings (`plan`) and data, and its networks.
 
     args: the command line, of `add_run_arguments`. given: {(section, key): value or None}, settings from flags. A new
-<<<<<<< HEAD
     run folder takes PLANS with these in it; one that is there has its settings, and these must agree with them.
-=======
-    run folder takes PLANS with these in it; one that is there already has its settings, which must agree with these.
->>>>>>> h-toy
     more: other sections. needs: stages that an earlier script has finished; without them nothing is written.
     Raises BadInput: no data, a folder with other settings, a stage that is not there yet.
     """
@@ -363,11 +354,7 @@ class ImageRun:
         self.grid_eps = self.noise(len(self.grid_y), "grid")
 
     def noise(self, count, stream):
-<<<<<<< HEAD
         """Noise (count, C, size, size) that depends on the stream alone: drawn on the CPU, the same on any device."""
-=======
-        """Noise (count, C, size, size) that depends on the stream alone: drawn on the CPU, the same for any device."""
->>>>>>> h-toy
         size = self.plan["data"]["size"]
         return torch.randn(count, self.channels, size, size, generator=rng(0, stream)).to(self.device)
 
@@ -385,12 +372,7 @@ class ImageRun:
         """The frozen network of a finished stage. BadInput if it is not finished."""
         state = self.folder.finished(name)
         if state is None:
-<<<<<<< HEAD
             raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with this --data first")
-=======
-            raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with the same --data "
-                           "first")  # fmt: skip
->>>>>>> h-toy
         net = self.network("", two_times)
         net.load_state_dict(state["net"])
         return net.requires_grad_(False)
@@ -473,11 +455,7 @@ def main(arguments=None):
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), help="of data and networks (default: 0)")
     parser.add_argument("--teacher-steps", type=whole_number(1), help="updates of the teacher")
     parser.add_argument("--td-steps", type=whole_number(1), help="updates of the student")
-<<<<<<< HEAD
     parser.add_argument("--w", type=positive_number, help="the teacher's guidance, baked in; 1 is none (default: 1)")
-=======
-    parser.add_argument("--w", type=positive_number, help="the teacher's guidance in both stages (default: 1, none)")
->>>>>>> h-toy
     args = parser.parse_args(arguments)
     check_device(parser, args.device)
     with sentences(parser):
