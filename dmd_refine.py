@@ -257,7 +257,7 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
 
 # The settings of one variant, under its name a section of the run folder's config.json. OURS: all of them.
 PLANS = {
-    "default": dict(steps=1000, batch=64, lr=5e-4, lr_fake=5e-4, lr_discriminator=1e-3, fake_updates=2, taps=(1, 3),
+    "default": dict(steps=500, batch=64, lr=1e-3, lr_fake=1e-3, lr_discriminator=5e-3, fake_updates=2, taps=(1, 3),
                     pooling="attention", init="td", lambda_adv=0.1, lambda_td=0.0, student_steps=1, clip=10.0),
     "quick": dict(steps=20, batch=32, lr=5e-4, lr_fake=5e-4, lr_discriminator=1e-3, fake_updates=2, taps=(0, 1),
                   pooling="attention", init="td", lambda_adv=0.1, lambda_td=0.0, student_steps=1, clip=10.0),
@@ -505,7 +505,7 @@ def main(arguments=None):
     parser.add_argument("--seeds", type=whole_number(1, 10), default=3, help="of --ablation (default: %(default)s)")
     parser.add_argument("--workers", type=whole_number(1, 64), default=os.cpu_count(),
                         help="of --ablation: jobs side by side (default: %(default)s, one for each core)")  # fmt: skip
-    parser.add_argument("--count", type=whole_number(100, 10**6), default=10_000,
+    parser.add_argument("--count", type=whole_number(100, 10**6), default=5000,
                         help="of --ablation: images in each row of the table (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(arguments)
     check_device(parser, args.device)

@@ -987,14 +987,14 @@ def main(argv=None):
     add("--batch", type=whole_number(1, 4096), default=32, help="images in one pass, 1 .. 4096 (%(default)s)")
     add("--allow-small", action="store_true", help="score fewer than 2,048 images, for a rough look")
     add("--flops", action="store_true", help="print what one ImageNet image costs teacher and student, in GMACs")
-    add("--count", type=whole_number(100, 10**6), help="of --data: images in each row (10000; with --quick 500)")
+    add("--count", type=whole_number(100, 10**6), help="of --data: images in each row (5000; with --quick 500)")
     add_run_arguments(parser)
     parser.set_defaults(data=None, device=devices[0])
     args = parser.parse_args(argv)
     check_device(parser, args.device)
     if args.data:
         with sentences(parser):
-            evaluate_run(ImageRun(args, {}, needs=["teacher", "td"]), args.count or (500 if args.quick else 10_000))
+            evaluate_run(ImageRun(args, {}, needs=["teacher", "td"]), args.count or (500 if args.quick else 5000))
         return
     args.out = Path(args.out or "runs/evaluate")
     if not args.flops and not (args.images and (args.reference or args.save_npz)):
