@@ -31,8 +31,10 @@ import argparse
 import math
 import os
 import re
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 
@@ -44,12 +46,12 @@ from torch import nn
 import torch.nn.functional as F
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
-from data import positive_number, progress, rng, to_uint8, whole_number, write_json, write_whole
+from data import alone, positive_number, progress, rng, sentences, to_uint8, whole_number, write_json, write_whole
 from evaluate import NAMES, evaluate_run
 from meanflow_td import PLANS as STAGE_1
-from meanflow_td import (LOOK_EVERY, ImageRun, add_run_arguments, check_device, check_finite, draw_times,
-                         flow_matching_loss, generate, labelled, learning_rate, meanflow_loss, new_network, sample,
-                         sentences, student_objective)
+from meanflow_td import (LOOK_EVERY, ImageRun, add_run_arguments, check_device, check_finite, count_clipped,
+                         draw_times, flow_matching_loss, generate, labelled, learning_rate, meanflow_loss,
+                         new_network, sample, share_clipped, student_objective)
 from models import add_noise, expand_times, frozen_copy, update_ema, x0_from_velocity
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     lambda_td: weight of stage 1's loss, kept on. student_steps: 1, or 2 for a student that can do both.
     fake_updates: of the fake branch for each of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2,
     since these networks learn fast). Learning rates are peaks of Adam's. seed, stream, name, clip, keep: as in
-    `meanflow_td.train`; look(step, ema, fake). Raises FloatingPointError when a loss is not finite.
+    `meanflow_td.train`; look(step, ema, fake). Raises data.Diverged when a loss, a gradient or a sample is not finite.
     """
     device = next(student.parameters()).device
     # PRIOR: no momentum between players that chase each other (Brock et al., arXiv 1809.11096). OURS: 0.99
@@ -216,13 +218,13 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
             # PRIOR: all t here, also those that the student is never asked about (DMD2's code)
             noise, t = normal_like(x_gen, generator), uniform(0, 1, batch, generator)
             loss_fake = fake_branch_loss(fake, x_gen, y, noise, t)
-            update(1, loss_fake)
+            gradients = {"gradient_fake": update(1, loss_fake)}
         if discriminator is not None:
             # the last x_gen serves again: the student has not moved since, and new noise falls on it
             noise = normal_like(torch.cat([x_data, x_gen]), generator)
             t = uniform(T_MIN, T_MAX, 2 * batch, generator)
             loss_d, terms = discriminator_loss(discriminator, teacher, x_data, x_gen, y, noise, t, taps=taps)
-            update(2, loss_d)
+            gradients["gradient_d"] = update(2, loss_d)
         eps, noise = normal_like(x_data, generator), normal_like(x_data, generator)
         t = uniform(T_MIN, T_MAX, batch, generator)
         x_gen = student_samples(student, eps, y, student_steps)
@@ -235,12 +237,16 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
         update_ema(ema, student, step)
         # --- bookkeeping ---
         losses = {"loss": loss, "loss_fake": loss_fake} | ({} if discriminator is None else {"loss_d": loss_d})
-        check_finite(f"{name}, seed {seed}, step {step}", **losses, gradient=gradient)
+        told = {"t": t, "error": x_gen.detach().flatten(1).norm(dim=1)}  # r is 0: a sample is the whole way
+        generator_terms.pop("rows", None)
+        check_finite(f"{name}, seed {seed}, step {step}", told, generator_terms.get("du_dt"), sample=x_gen, **losses,
+                     gradient=gradient, **gradients)  # fmt: skip
+        count_clipped(optimizers[0], gradient, clip)
         last = step == steps - 1
         if step % log_every == 0 or last:
             terms = {**losses, **terms, **generator_terms, "gen_mean": x_gen.mean(), "gen_std": x_gen.std(),
                      "gradient": gradient}  # fmt: skip
-            values = {k: v.item() for k, v in terms.items()}
+            values = {k: v.item() for k, v in terms.items()} | share_clipped(optimizers[0], clip, step, rows)
             seconds = round(time.perf_counter() - start, 4)
             rows.append({"network": name, "seed": seed, "step": step, **values, "seconds_per_step": seconds})
             bar.set_postfix(grad_dmd=f"{values['grad_dmd']:.3g}", refresh=False)
@@ -306,7 +312,7 @@ def dmd_panels(student, teacher, fake, eps, y, t=0.5):
     v_real, v_fake = teacher(x_t, t=times, y=y), fake(x_t, t=times, y=y)
     x0_real, x0_fake = x0_from_velocity(x_t, times, v_real), x0_from_velocity(x_t, times, v_fake)
     grad = dmd_gradient(x_gen, x_t, t=times, v_real=v_real, v_fake=v_fake)
-    return torch.cat([x_gen, x0_real, x0_fake, grad / grad.abs().max()])
+    return torch.cat([x_gen, x0_real, x0_fake, grad / grad.abs().max().clamp_min(1e-12)])
 
 
 @torch.no_grad()
@@ -368,11 +374,17 @@ def ablation_job(args, name, seed):
         refine_images(run, name, seed)
 
 
+def end_with_parent():
+    """For a worker: end when the process that started it does, or both it and the next run would go on with its job."""
+    parent = torch.multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def ablation(args, run):
     """All variants and seeds, `args.workers` at a time; then the table, ablation.png and ablation.json."""
     jobs = [(name, seed) for seed in range(args.seeds) for name in (*VARIANTS, "scratch")]
     context = torch.multiprocessing.get_context("spawn")  # a forked child would inherit half of torch's threads
-    with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(args.workers, mp_context=context, initializer=end_with_parent) as pool:
         waiting = {pool.submit(ablation_job, args, *job): job for job in jobs}
         try:
             for job in progress(as_completed(waiting), "ablation", total=len(jobs)):
@@ -380,7 +392,9 @@ def ablation(args, run):
                 try:
                     job.result()
                 except FloatingPointError as error:  # a variant that diverges is a result
-                    print(f"{error}. It is missing from the table.")
+                    print(f"{error} It is missing from the table.")
+        except BrokenProcessPool:
+            raise ChildProcessError("a worker of the ablation died (if memory was short: fewer --workers)") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -509,15 +523,17 @@ def main(arguments=None):
                         help="of --ablation: images in each row of the table (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(arguments)
     check_device(parser, args.device)
-    with sentences(parser):
+    with sentences(parser) as held:
         keys = ("pooling", "init", "lambda_adv", "lambda_td", "student_steps")
         given = {(args.name, key): getattr(args, key) for key in keys} | {(args.name, "steps"): args.refine_steps}
         run = ImageRun(args, given, {args.name: PLANS["quick" if args.quick else "default"]}, needs=["teacher"])
         if args.ablation:
             run = ImageRun(args, {}, ablation_plan(run.plan["hd"], run.plan["td"]))
+            held.enter_context(alone(run.folder.path))
             run.load("td", two_times=True)  # or say that it is missing, before anything starts
             ablation(args, run)
             return
+        held.enter_context(alone(run.folder.path))
         refine_images(run, args.name, args.seed)
         print(f"In {run.folder.path}: {args.name}-seed{args.seed}.pt, metrics.csv, and grids in samples/. "
               f"Next: python evaluate.py --data {args.data}")  # fmt: skip

@@ -32,15 +32,14 @@ Departures from MeanFlow: which times are drawn (`draw_times`), and a teacher's 
 import argparse
 import math
 import time
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from data import (BadInput, Glyphs, ImageFolder, RunFolder, positive_number, progress, rng, save_grid, to_uint8,
-                  whole_number)
+from data import (BadInput, Diverged, Glyphs, ImageFolder, RunFolder, alone, positive_number, progress, rng, save_grid,
+                  sentences, to_uint8, whole_number)
 from models import DiT, Teacher, add_noise, expand_times, frozen_copy, student_from_teacher, update_ema
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,18 +197,51 @@ def learning_rate(step, steps, peak, warmup=100):
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def check_finite(where, **terms):
-    """Raise FloatingPointError, naming the place and the term, if one of these scalar tensors is NaN or infinite."""
+def check_finite(where, rows=None, du_dt=None, **terms):
+    """Raise data.Diverged, naming the place and the term, if one of these tensors holds NaN or infinity.
+
+    rows, du_dt: for its report. {name: (B,)}, what is known of each row of the batch, with "error", by which the worst
+    five are told; and the mean norm of du/dt.
+    """
     for name, value in terms.items():
-        if not torch.isfinite(value):
-            raise FloatingPointError(f"{where}: {name} is {value.item()}. A lower learning rate may help.")
+        if not value.isfinite().all():
+            break
+    else:
+        return
+
+    def told(value):  # JSON has no NaN
+        number = float(value)
+        return number if math.isfinite(number) else str(number)
+
+    values = {key: told(value.detach().float().mean()) for key, value in terms.items()}
+    report = {"where": where, "term": name, "values": values}
+    if du_dt is not None:
+        report["du_dt"] = told(du_dt)
+    if rows is not None:
+        size = rows["error"].detach().float().abs()
+        worst = torch.where(size.isnan(), math.inf, size).argsort(descending=True)[:5].tolist()
+        report["worst rows"] = [{"row": i} | {key: told(column[i]) for key, column in rows.items()} for i in worst]
+    raise Diverged(f"{where}: {name} is {values[name]}. A lower learning rate may help.", report)
+
+
+def count_clipped(optimizer, gradient, clip):
+    """Note whether a gradient of this norm was longer than clip. Kept in the optimizer, whose state a Keep saves."""
+    group = optimizer.param_groups[0]
+    group["clipped"] = group.get("clipped", 0) + bool(gradient > clip)
+
+
+def share_clipped(optimizer, clip, step, rows):
+    """{"clipped": share of the steps since the last of `rows` that `count_clipped` noted}; {} if nothing is clipped."""
+    count = optimizer.param_groups[0].pop("clipped")
+    return {} if clip == math.inf else {"clipped": count / (step - (rows[-1]["step"] if rows else -1))}
 
 
 def teacher_objective(net, x_0, y, eps, generator, *, null_class=None):
     """Stage 0 for a batch of data and noise (B, ...), labels y (B,) or None: flow matching on eps - x_0.
 
     null_class: the label that takes the place of one in ten, so that the network also knows the velocity of all classes
-    together, which guidance needs (Ho & Salimans, arXiv 2207.12598). Returns the loss and terms to log.
+    together, which guidance needs (Ho & Salimans, arXiv 2207.12598). Returns the loss and terms to log; of these,
+    "rows" are for each row of the batch, and not logged but reported if the loss is not finite.
     """
     # OURS: uniform times. The edges of a density are drawn at small t, which logit-normal times seldom see.
     t = torch.rand(len(x_0), generator=generator, device=x_0.device)
@@ -218,14 +250,14 @@ def teacher_objective(net, x_0, y, eps, generator, *, null_class=None):
         y = torch.where(dropped, null_class, y)
     v = eps - x_0  # noisy: its mean given x_t is the velocity field, and so p = 0
     loss, err = flow_matching_loss(net, add_noise(x_0, eps, t), v, t=t, y=y)
-    return loss, {"raw_error": err.mean()}
+    return loss, {"raw_error": err.mean(), "rows": {"t": t, "error": err}}
 
 
 def student_objective(net, x_0, y, eps, generator, *, teacher=None):
     """Stage 1 for a batch of data and noise (B, ...), labels y (B,) or None: MeanFlow on the teacher's velocity.
 
     teacher(x_t, t=t) -> v (B, ...), frozen, called with y=y too if there are labels; guidance is its own affair. None:
-    MeanFlow from scratch, on eps - x_0 (PRIOR: arXiv 2505.13447). Returns the loss and terms to log.
+    MeanFlow from scratch, on eps - x_0 (PRIOR: arXiv 2505.13447). Returns as `teacher_objective`.
     """
     terms = {}
     r, t = draw_times(len(x_0), generator)
@@ -234,7 +266,8 @@ def student_objective(net, x_0, y, eps, generator, *, teacher=None):
         # deterministic with a teacher, one noisy draw of it without
         v = eps - x_0 if teacher is None else teacher(x_t, t=t, **labelled(y))
     loss, err = meanflow_loss(net, x_t, v, r=r, t=t, y=y, watch=terms)
-    return loss, {**terms, "raw_error": err.mean(), "v_error": err[r == t].mean()}
+    rows = {"r": r, "t": t, "error": err}
+    return loss, {**terms, "raw_error": err.mean(), "v_error": err[r == t].mean(), "rows": rows}
 
 
 def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=math.inf, keep=None, look=None,
@@ -246,7 +279,7 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=ma
     what the randomness of each step is made from; networks that are to be compared share them. name: what the bar and
     the rows call this network, with a row every `log_every` steps. clip: the gradient's greatest norm. keep: a
     data.Keep, and a killed training goes on. look(step, ema): called now and then, to draw samples. Raises
-    FloatingPointError when the loss is not finite.
+    data.Diverged when the loss or its gradient is not finite.
     """
     device = next(net.parameters()).device
     # OURS: 0.99, a memory of 100 steps; MeanFlow has 0.95. TD of the toy did not care (0.95, 0.99, 0.999, one seed)
@@ -271,11 +304,13 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=ma
         optimizer.step()
         update_ema(ema, net, step)
         # --- bookkeeping ---
-        check_finite(f"{name}, seed {seed}, step {step}", loss=loss, gradient=gradient)
+        check_finite(f"{name}, seed {seed}, step {step}", terms.pop("rows", None), terms.get("du_dt"),
+                     loss=loss, gradient=gradient)  # fmt: skip
+        count_clipped(optimizer, gradient, clip)
         last = step == steps - 1
         if step % log_every == 0 or last:
             terms = {"loss": loss, **terms, "gradient": gradient}
-            values = {name: value.item() for name, value in terms.items()}
+            values = {name: value.item() for name, value in terms.items()} | share_clipped(optimizer, clip, step, rows)
             seconds = round(time.perf_counter() - start, 4)
             rows.append({"network": name, "seed": seed, "step": step, **values, "seconds_per_step": seconds})
             bar.set_postfix(raw_error=f"{values['raw_error']:.3g}", refresh=False)
@@ -429,21 +464,6 @@ def check_device(parser, device):
         parser.error(f"--device {device} can't be used here ({str(error).splitlines()[0]}): try --device cpu")
 
 
-@contextmanager
-def sentences(parser):
-    """Inside, what a user can mend ends the script with one sentence in the place of a traceback."""
-    try:
-        yield
-    except BadInput as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except OSError as error:
-        parser.exit(2, f"{parser.prog}: {error}; what was trained is kept, and the same command goes on\n")
-    except FloatingPointError as error:
-        parser.exit(3, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: stopped; the same command goes on from where it last saved\n")
-
-
 def teacher_sample(net, eps, y, steps=25):
     """The teacher's samples for the grids: Heun with `steps` steps, twice as many calls."""
     return sample_ode(net, eps, y, steps=steps)
@@ -458,9 +478,10 @@ def main(arguments=None):
     parser.add_argument("--w", type=positive_number, help="the teacher's guidance, baked in; 1 is none (default: 1)")
     args = parser.parse_args(arguments)
     check_device(parser, args.device)
-    with sentences(parser):
+    with sentences(parser) as held:
         run = ImageRun(args, {("data", "seed"): args.seed, ("teacher", "steps"): args.teacher_steps,
                               ("td", "steps"): args.td_steps, ("td", "w"): args.w})  # fmt: skip
+        held.enter_context(alone(run.folder.path))
         run.train("teacher", run.network("teacher"), partial(teacher_objective, null_class=run.classes),
                   section="teacher", sampler=teacher_sample)  # fmt: skip
         teacher = run.load_teacher()
