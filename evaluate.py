@@ -903,7 +903,8 @@ def print_rows(rows):
             spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             line += f"{np.mean(values):.3f}{spread}".rjust(18)
         print(line)
-    print("fingerprint:", ", ".join(f"{key} {value}" for key, value in rows[-1]["fingerprint"].items() if key != "images"))
+    fingerprint = {key: value for key, value in rows[-1]["fingerprint"].items() if key != "images"}
+    print("fingerprint:", ", ".join(f"{key} {value}" for key, value in fingerprint.items()))
 
 
 def evaluate_run(run, count):
@@ -912,7 +913,8 @@ def evaluate_run(run, count):
     judge.data()
     judge.teacher()
     judge.student("td", "TD")
-    grid = {"teacher, 50 calls": partial(sample_ode, run.load_teacher(), steps=25), "TD, 1 call": run_sampler(run, "td")}
+    grid = {"teacher, 50 calls": partial(sample_ode, run.load_teacher(), steps=25),
+            "TD, 1 call": run_sampler(run, "td")}  # fmt: skip
     for path in sorted(run.folder.path.glob("*-seed*.pt")):
         name, seed = path.stem.rsplit("-seed", 1)
         if name in run.plan:
@@ -1009,7 +1011,7 @@ def main(argv=None):
     add("--batch", type=whole_number(1, 4096), default=32, help="images in one pass, 1 .. 4096 (%(default)s)")
     add("--allow-small", action="store_true", help="score fewer than 2,048 images, for a rough look")
     add("--flops", action="store_true", help="print what one ImageNet image costs teacher and student, in GMACs")
-    add("--count", type=whole_number(100, 10**6), help="of --data: images in each row (10000; with --quick 500)")
+    add("--count", type=whole_number(100, 10**6), help="of --data: images in each row (5000; with --quick 500)")
     add_run_arguments(parser)
     parser.set_defaults(data=None, device=devices[0])
     args = parser.parse_args(argv)
@@ -1018,7 +1020,7 @@ def main(argv=None):
         with sentences(parser) as held:
             run = ImageRun(args, {}, needs=["teacher", "td"])
             held.enter_context(data.alone(run.folder.path))
-            evaluate_run(run, args.count or (500 if args.quick else 10_000))
+            evaluate_run(run, args.count or (500 if args.quick else 5000))
         return
     args.out = Path(args.out or "runs/evaluate")
     if not args.flops and not (args.images and (args.reference or args.save_npz)):

@@ -23,8 +23,10 @@ What this stage leaves behind: at t = 1 the map from noise to data is steep wher
 A network of finite size rounds these cliffs off, and samples fall between the modes; toy2d.py measures it. Stage 2,
 dmd_refine.py, starts from there.
 
-Departures from MeanFlow: which times are drawn (`draw_times`), and a teacher's velocity in the place of eps - x_0. The
-functions here are called by toy2d.py: run `python toy2d.py`.
+    python toy2d.py                            # points in the plane call the functions here
+    python meanflow_td.py --data glyphs        # images: trains the teacher, then the TD student
+
+Departures from MeanFlow: which times are drawn (`draw_times`), and a teacher's velocity in the place of eps - x_0.
 """
 
 import argparse
@@ -275,8 +277,9 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=ma
     draw(batch, generator) -> x_0 (batch, ...), labels y (batch,) or None. objective(net, x_0, y, eps, generator) ->
     loss, terms: one of those above. steps, batch: integers >= 1; lr: the peak of Adam's learning rate. seed, stream:
     what the randomness of each step is made from; networks that are to be compared share them. name: what the bar and
-    the rows call this network, with a row every `log_every` steps. clip: the gradient's greatest norm. keep: a data.Keep, and a killed training goes on.
-    look(step, ema): called now and then, to draw samples. Raises data.Diverged when the loss or its gradient is not finite.
+    the rows call this network, with a row every `log_every` steps. clip: the gradient's greatest norm. keep: a
+    data.Keep, and a killed training goes on. look(step, ema): called now and then, to draw samples. Raises
+    data.Diverged when the loss or its gradient is not finite.
     """
     device = next(net.parameters()).device
     # OURS: 0.99, a memory of 100 steps; MeanFlow has 0.95. TD of the toy did not care (0.95, 0.99, 0.999, one seed)
@@ -328,7 +331,7 @@ PLANS = {
     "default": {
         "network": dict(patch_size=4, hidden_size=96, depth=4, num_heads=4),
         "teacher": dict(steps=32_000, batch=64, lr=3e-3, clip=300.0),
-        "td": dict(steps=1500, batch=64, lr=1e-3, clip=50.0, w=1.0),
+        "td": dict(steps=1000, batch=64, lr=1e-3, clip=50.0, w=1.0),
     },
     "quick": {
         "network": dict(patch_size=4, hidden_size=32, depth=2, num_heads=2),
@@ -349,8 +352,8 @@ def new_network(seed, stream, build):
 class ImageRun:
     """What the three scripts share of a run on images: its folder, settings (`plan`) and data, and its networks.
 
-    args: the command line, of `add_run_arguments`. given: {(section, key): value or None}, settings from flags. A new run
-    folder takes PLANS with these in it; one that is there already has its settings, and these must agree with them.
+    args: the command line, of `add_run_arguments`. given: {(section, key): value or None}, settings from flags. A new
+    run folder takes PLANS with these in it; one that is there has its settings, and these must agree with them.
     more: other sections. needs: stages that an earlier script has finished; without them nothing is written.
     Raises BadInput: no data, a folder with other settings, a stage that is not there yet.
     """
@@ -386,7 +389,7 @@ class ImageRun:
         self.grid_eps = self.noise(len(self.grid_y), "grid")
 
     def noise(self, count, stream):
-        """Noise (count, C, size, size) that depends on the stream alone: drawn on the CPU, so it is so on any device."""
+        """Noise (count, C, size, size) that depends on the stream alone: drawn on the CPU, the same on any device."""
         size = self.plan["data"]["size"]
         return torch.randn(count, self.channels, size, size, generator=rng(0, stream)).to(self.device)
 
@@ -404,7 +407,7 @@ class ImageRun:
         """The frozen network of a finished stage. BadInput if it is not finished."""
         state = self.folder.finished(name)
         if state is None:
-            raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with the same --data first")
+            raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with this --data first")
         net = self.network("", two_times)
         net.load_state_dict(state["net"])
         return net.requires_grad_(False)
@@ -472,7 +475,7 @@ def main(arguments=None):
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), help="of data and networks (default: 0)")
     parser.add_argument("--teacher-steps", type=whole_number(1), help="updates of the teacher")
     parser.add_argument("--td-steps", type=whole_number(1), help="updates of the student")
-    parser.add_argument("--w", type=positive_number, help="the teacher's guidance in both stages; 1 is none (default: 1)")
+    parser.add_argument("--w", type=positive_number, help="the teacher's guidance, baked in; 1 is none (default: 1)")
     args = parser.parse_args(arguments)
     check_device(parser, args.device)
     with sentences(parser) as held:
