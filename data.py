@@ -746,7 +746,7 @@ def open_shard(cache, manifest, k):
         moments = np.load(path, mmap_mode="r", allow_pickle=False)
         found = moments.dtype, moments.shape
     except Exception as error:  # numpy has no one type for a damaged file
-        raise BadInput(f"{path} is missing or damaged ({in_short(error)}): encode again to mend it.") from error
+        raise BadInput(f"{path} is missing or damaged ({in_short(error)}): encode again.") from error
     if found != expected:
         raise BadInput(f"{path} holds {found[0]} {found[1]}, not {expected[0]} {expected[1]}: encode again.")
     return moments
@@ -985,7 +985,7 @@ def read_checkpoint(path):
 def set_aside(path, error):
     """Rename a damaged file of ours, with a warning, so that nothing reads it and nobody loses it."""
     kept = path.with_name(path.name + ".damaged")
-    print(f"warning: {path} is damaged ({in_short(error)}), and kept as {kept.name}: older work is taken, or done anew")
+    print(f"warning: {path} is damaged ({in_short(error)}); kept as {kept.name}, older work is taken or done anew")
     os.replace(path, kept)
 
 

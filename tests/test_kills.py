@@ -139,7 +139,8 @@ def test_25_kills_change_nothing(fork, tmp_path):
             total = left_alone(fork, script, [*arguments, folder], last)
             folder, last = folders["killed"]
             kills += kill(fork, dice, times, total, script, [*arguments, folder], last)
-            print(f"{script}: {times} kills of a run that writes {total} files, {time.monotonic() - begin:.0f} s")
+            seconds = time.monotonic() - begin
+            print(f"{script}: {times} kills of a run that writes {total} files, {seconds:.0f} s", flush=True)
         whole, killed = (everything(*pair) for pair in folders.values())
         for part in whole:
             assert same(killed[part], whole[part]), (name, part)
@@ -147,8 +148,8 @@ def test_25_kills_change_nothing(fork, tmp_path):
         assert len(optimisers) >= 8 and not list(folders["killed"][0].glob("*.partial"))
     make_tree(tmp_path / "train")
     torch.save(tiny_vae().state_dict(), tmp_path / "vae.pt")
-    encode = ["--encode", "--data-dir", tmp_path / "train", "--vae", tmp_path / "vae.pt", "--size", "64", "--batch", "2",
-              "--shard-images", "1", "--cache"]  # fmt: skip
+    encode = ["--encode", "--data-dir", tmp_path / "train", "--vae", tmp_path / "vae.pt", "--size", "64",
+              "--batch", "2", "--shard-images", "1", "--cache"]  # fmt: skip
     total = left_alone(fork, "data", [*encode, tmp_path / "whole"], tmp_path)
     kills += kill(fork, dice, 3, total, "data", [*encode, tmp_path / "killed"], tmp_path)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
