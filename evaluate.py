@@ -28,7 +28,6 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 import hashlib
-import http.client
 import itertools
 import json
 from pathlib import Path
@@ -63,6 +62,7 @@ INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
 INCEPTION_SHA = "6726825d"  # the first digits of the file's sha256, which its name ends in
+INCEPTION = data.Published(INCEPTION_URL.rsplit("/", 1)[1], INCEPTION_URL, INCEPTION_SHA)
 POOL_DIM, SPATIAL_DIM, CLASSES = 2048, 2023, 1008
 
 
@@ -267,18 +267,7 @@ def load_inception(path=None):
 
     A file whose name ends in the digits of a hash must have that hash. Other names are taken as they are (a test's
     own weights, say), and `fingerprint` then notes that their numbers compare with nobody's."""
-    if path is None:
-        path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.rsplit("/", 1)[1])
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA)
-            except (OSError, RuntimeError, http.client.HTTPException) as error:
-                raise BadInput(
-                    f"Inception's weights could not be fetched ({error}): "
-                    f"download {INCEPTION_URL} elsewhere and put it at {path}, or name it by --inception-weights."
-                ) from error
-    path = Path(path)
+    path = data.fetch(INCEPTION, "--inception-weights") if path is None else Path(path)
     sha = data.sha256_file(path)
     claimed = re.search(r"-([0-9a-f]{8,64})\.", path.name)
     if claimed and not sha.startswith(claimed[1]):
