@@ -292,8 +292,8 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=ma
 PLANS = {
     "default": {
         "network": dict(patch_size=4, hidden_size=96, depth=4, num_heads=4),
-        "teacher": dict(steps=16_000, batch=64, lr=3e-3, clip=300.0),
-        "td": dict(steps=2000, batch=64, lr=1e-3, clip=50.0, w=1.0),
+        "teacher": dict(steps=32_000, batch=64, lr=3e-3, clip=300.0),
+        "td": dict(steps=1500, batch=64, lr=1e-3, clip=50.0, w=1.0),
     },
     "quick": {
         "network": dict(patch_size=4, hidden_size=32, depth=2, num_heads=2),

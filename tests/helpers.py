@@ -84,7 +84,7 @@ def run_saving(script, *arguments, die=("", 0)):
     """
     code = SAVE_EACH_STEP.format(script=script, signal=int(signal.SIGKILL))
     process = subprocess.run([sys.executable, "-c", code, *map(str, [*die, *arguments])], cwd=ROOT, text=True,
-                             capture_output=True, timeout=200)  # fmt: skip
+                             capture_output=True, timeout=900)  # fmt: skip
     assert process.returncode == (-signal.SIGKILL if die[0] else 0), process.stderr
     saved = [line.removeprefix("saved ") for line in process.stdout.splitlines() if line.startswith("saved ")]
     return saved[0] if saved else None
