@@ -976,7 +976,7 @@ def main(argv=None):
     add("--flops", action="store_true", help="print what one ImageNet image costs teacher and student, in GMACs")
     add("--count", type=whole_number(100, 10**6), help="of --data: images in each row (10000; with --quick 500)")
     add_run_arguments(parser)
-    parser.set_defaults(data=None, device=devices[0])
+    parser.set_defaults(data=None, device=devices[0], accumulate=1, checkpointing=False, amp="off")
     args = parser.parse_args(argv)
     check_device(parser, args.device)
     if args.data:

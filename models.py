@@ -651,9 +651,9 @@ def normal_like(x, generator):
     generator: a torch.Generator on that device; or a list of B on the CPU, one for each row: then a row's noise is the
     same whatever batch it is in, and on any device.
     """
-    if isinstance(generator, torch.Generator):
-        return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return torch.stack([torch.randn(x.shape[1:], generator=one, dtype=x.dtype) for one in generator]).to(x.device)
+    if isinstance(generator, list):
+        return torch.stack([torch.randn(x.shape[1:], generator=one, dtype=x.dtype) for one in generator]).to(x.device)
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 SDE_LAST_STEP = 0.04  # PRIOR: SiT's. The last step, from t = 0.04 to t = 0, adds no noise.
