@@ -14,14 +14,17 @@ difference of two scores (Yin et al., arXiv 2311.18828):
 The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen, several updates for
 each of the student's. It is always a little late, and the two scores only tell where the samples of student and teacher
 overlap; so a student had better start close to the teacher, which is the paper's reason for stage 1. The adversarial
-term adds what neither score knows: real data (see awd.py). One forward pass of the
-frozen teacher at the noised x_gen serves both terms, x0_real and the features.
+term adds what neither score knows: real data (see awd.py). One forward pass of the frozen teacher at the noised x_gen
+serves both terms, x0_real and the features.
 
     L_G = L_DMD + lambda_adv L_adv                    three players, each update moves one of them:
     student <- L_G      fake branch <- flow matching on x_gen      discriminator <- hinge on noised x_data and x_gen
 
-What the paper does not tell: learning rates, update ratio, lambda_adv, times of the adversarial term. OURS: all the
-defaults of `refine`, found on seed 0 of the 2D toy. The functions here are called by toy2d.py: run `python toy2d.py`.
+    python dmd_refine.py --data glyphs                         # on images, from the TD student of meanflow_td.py
+    python dmd_refine.py --data glyphs --ablation --seeds 3    # which part does what: all variants, one table
+
+What the paper does not tell: learning rates, update ratio, lambda_adv, times of the adversarial term. OURS: the
+defaults of `refine`, found on seed 0 of the 2D toy, and PLANS, found on glyphs.
 """
 
 import argparse
@@ -35,6 +38,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
+import scipy.stats
 import torch
 from matplotlib.figure import Figure
 from torch import nn
@@ -292,7 +296,7 @@ PLANS["imagenet-quick"] = PLANS["imagenet256-xl2"] | dict(steps=3, batch=4, taps
 
 
 def refine_images(run, name, seed):
-    """Stage 2 on images, by the section `name` of the run's plan: stage <name>-seed<seed> of the run, found or trained."""
+    """Stage 2 on images, by the section `name` of the run's plan: its stage <name>-seed<seed>, found or trained."""
     plan = dict(run.plan[name])
     init, pooling = plan.pop("init"), plan.pop("pooling")
     stage, teacher = f"{name}-seed{seed}", run.load_teacher()
@@ -345,7 +349,7 @@ def dmd_panels(student, teacher, fake, eps, y, t=0.5):
 
 @torch.no_grad()
 def attention_weights(student, teacher, discriminator, eps, y, *, taps, t=0.3):
-    """Where the AWD looks: x_gen (8, C, H, W) and, for each tapped layer, its weights over the tokens, (8, side, side)."""
+    """Where the AWD looks: x_gen (8, C, H, W) and, for each tapped layer, its weights over tokens, (8, side, side)."""
     eps, y = eps[::len(eps) // 8][:8], y[::len(y) // 8][:8]
     x_gen, times = generate(student, eps, y), eps.new_full((len(eps),), t)
     _, features = teacher(add_noise(x_gen, eps.flip(0), times), t=times, y=y, taps=taps)
@@ -384,7 +388,7 @@ VARIANTS = {
 
 
 def ablation_plan(plan, td):
-    """Sections for all variants: `plan` is HD's, td is stage 1's. "scratch" is MeanFlow on data, with random weights."""
+    """Sections for all variants. plan: HD's, td: stage 1's. "scratch" is MeanFlow on data, from random weights."""
     both = plan["steps"] + td["steps"]
     sections = {name: {**plan, **change, "steps": both if change.get("init") == "teacher" else plan["steps"]}
                 for name, change in VARIANTS.items()}  # fmt: skip
@@ -424,8 +428,9 @@ def ablation(args, run):
     told = compare(rows)
     variances = [gradient_variance(run, seed) for seed in range(args.seeds)]
     ratio = [v["data"] / v["teacher"] for v in variances]
-    told.append(f"The gradient of MeanFlow's loss varies {np.mean(ratio):.2f} +- {np.std(ratio, ddof=len(ratio) > 1):.2f} "
-                "times as much with eps - x_0 as with the teacher's velocity.")  # fmt: skip
+    spread = np.std(ratio, ddof=len(ratio) > 1)
+    told.append(f"The gradient of MeanFlow's loss varies {np.mean(ratio):.2f} +- {spread:.2f} times as much with "
+                "eps - x_0 as with the teacher's velocity.")  # fmt: skip
     print("\n".join(told))
     write_json(run.folder.path / "ablation.json", {"comparisons": told, "gradient_variance": variances})
     plot_ablation(run.folder.path / "ablation.png", rows, run.folder)
@@ -433,24 +438,26 @@ def ablation(args, run):
 
 
 def compare(rows):
-    """Sentences on the paper's two orderings, in Frechet distance and in recall, with their spread over seeds."""
-    pairs = [("hd", "hd-no-td", "with AWD, a start from TD against none"), ("dmd", "dmd-no-td", "with DMD alone, a start from TD against none"),
-             ("hd", "mean", "attention against mean pooling"), ("hd", "dmd", "an adversarial term against none")]  # fmt: skip
+    """Sentences on the paper's orderings, in Frechet distance and in recall, with mean and spread over seeds.
+
+    Two rows are told apart where Welch's t-test over the seeds has p < 0.05; it needs two seeds of each.
+    """
+    pairs = {"with AWD, a start from TD against none": ("hd", "hd-no-td"),
+             "with DMD alone, a start from TD against none": ("dmd", "dmd-no-td"),
+             "attention against mean pooling": ("hd", "mean"), "AWD against none": ("hd", "dmd")}  # fmt: skip
     told = []
-    for first, second, what in pairs:
-        for measure in ("frechet", "recall"):
+    for what, names in pairs.items():
+        for measure, sign in (("frechet", -1), ("recall", 1)):
             groups = [[row[measure] for row in rows if row["what"] == NAMES[name] and row["nfe"] == 1]
-                      for name in (first, second)]  # fmt: skip
-            if not all(groups):
+                      for name in names]  # fmt: skip
+            if min(map(len, groups)) < 2:
+                told.append(f"{what}: {measure} not compared, for that takes two seeds of each")
                 continue
-            means, spreads = [np.mean(g) for g in groups], [np.std(g, ddof=len(g) > 1) for g in groups]
-            # OURS: two standard errors of the difference
-            error = 2 * math.sqrt(sum(s**2 / len(g) for s, g in zip(spreads, groups)))
-            apart = min(map(len, groups)) > 1 and abs(means[0] - means[1]) > error
-            better = means[0] < means[1] if measure == "frechet" else means[0] > means[1]
-            verdict = ("better" if better else "worse") if apart else "not separated"
-            told.append(f"{what}: {measure} {means[0]:.4f} +- {spreads[0]:.4f} against {means[1]:.4f} +- "
-                        f"{spreads[1]:.4f}: {verdict}")  # fmt: skip
+            apart = scipy.stats.ttest_ind(*groups, equal_var=False).pvalue < 0.05
+            gain = sign * (np.mean(groups[0]) - np.mean(groups[1]))
+            first, second = (f"{np.mean(group):.4f} +- {np.std(group, ddof=1):.4f}" for group in groups)
+            verdict = ("better" if gain > 0 else "worse") if apart else "not separated"
+            told.append(f"{what}: {measure} {first} against {second}: {verdict}")
     return told
 
 
@@ -493,11 +500,12 @@ def plot_ablation(path, rows, folder):
         floors = [row[measure] for row in rows if row["what"] == "teacher, Heun" and row["w"] == 1]
         axis.axvline(min(floors) if measure == "frechet" else max(floors), color="black", ls="--", label="teacher")
         axis.set_yticks(range(len(names)), [titles[name] for name in names] if axis is axes[0] else [])
-        axis.set_xlabel({"frechet": "Frechet distance (lower is better)", "recall": "recall (higher is better)"}[measure])
+        axis.set_xlabel("Frechet distance (less is better)" if measure == "frechet" else "recall (more is better)")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0].set_xscale("log")
-    for name, label, colour in (("td", "TD: the teacher's velocity", "#d55e00"), ("scratch-seed0", "on data, no teacher", "#0072b2")):
+    curves = ("td", "TD: the teacher's velocity", "#d55e00"), ("scratch-seed0", "on data, no teacher", "#0072b2")
+    for name, label, colour in curves:
         state = folder.finished(name)
         if state is not None:
             axes[2].plot([row["step"] for row in state["rows"]], [row["raw_error"] for row in state["rows"]],
@@ -647,13 +655,13 @@ def main(arguments=None):
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of this stage (default: %(default)s)")
     parser.add_argument("--refine-steps", type=whole_number(1), help="updates of the student")
     parser.add_argument("--pooling", choices=("attention", "mean", "none"),
-                        help="how the discriminator pools tokens; none: no adversarial term (default: attention)")  # fmt: skip
+                        help="of the discriminator's tokens; none: no such term (default: attention)")  # fmt: skip
     parser.add_argument("--init", choices=("td", "teacher"), help="teacher: without stage 1 (default: td)")
     parser.add_argument("--lambda-adv", type=positive_number, help="weight of the adversarial term")
     parser.add_argument("--lambda-td", type=positive_number, help="weight of stage 1's loss, kept on (default: off)")
     parser.add_argument("--taps", type=whole_number(0, 99), nargs="+", metavar="BLOCK",
                         help="the teacher's blocks, from 0, that the discriminator reads (default: the plan's)")  # fmt: skip
-    parser.add_argument("--student-steps", type=int, choices=(1, 2), help="2: one student for 1 and 2 calls (default: 1)")
+    parser.add_argument("--student-steps", type=int, choices=(1, 2), help="2: a student for 1 and 2 calls (default: 1)")
     parser.add_argument("--ablation", action="store_true", help="all variants and seeds, from one teacher and one TD")
     parser.add_argument("--seeds", type=whole_number(1, 10), default=3, help="of --ablation (default: %(default)s)")
     parser.add_argument("--workers", type=whole_number(1, 64), default=os.cpu_count(),

@@ -869,7 +869,8 @@ def print_rows(rows):
             spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             line += f"{np.mean(values):.3f}{spread}".rjust(18)
         print(line)
-    print("fingerprint:", ", ".join(f"{key} {value}" for key, value in rows[-1]["fingerprint"].items() if key != "images"))
+    fingerprint = {key: value for key, value in rows[-1]["fingerprint"].items() if key != "images"}
+    print("fingerprint:", ", ".join(f"{key} {value}" for key, value in fingerprint.items()))
 
 
 def evaluate_run(run, count):
@@ -878,7 +879,8 @@ def evaluate_run(run, count):
     judge.data()
     judge.teacher()
     judge.student("td", "TD")
-    grid = {"teacher, 50 calls": partial(sample_ode, run.load_teacher(), steps=25), "TD, 1 call": run_sampler(run, "td")}
+    grid = {"teacher, 50 calls": partial(sample_ode, run.load_teacher(), steps=25),
+            "TD, 1 call": run_sampler(run, "td")}  # fmt: skip
     for path in sorted(run.folder.path.glob("*-seed*.pt")):
         name, seed = path.stem.rsplit("-seed", 1)
         if name in run.plan:

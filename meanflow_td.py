@@ -23,8 +23,10 @@ What this stage leaves behind: at t = 1 the map from noise to data is steep wher
 A network of finite size rounds these cliffs off, and samples fall between the modes; toy2d.py measures it. Stage 2,
 dmd_refine.py, starts from there.
 
-Departures from MeanFlow: which times are drawn (`draw_times`), and a teacher's velocity in the place of eps - x_0. The
-functions here are called by toy2d.py: run `python toy2d.py`.
+    python toy2d.py                            # points in the plane call the functions here
+    python meanflow_td.py --data glyphs        # images: trains the teacher, then the TD student
+
+Departures from MeanFlow: which times are drawn (`draw_times`), and a teacher's velocity in the place of eps - x_0.
 """
 
 import argparse
@@ -411,8 +413,8 @@ def plan_name(args):
 class ImageRun:
     """What the three scripts share of a run on images: its folder, settings (`plan`) and data, and its networks.
 
-    args: the command line, of `add_run_arguments`. given: {(section, key): value or None}, settings from flags. A new run
-    folder takes PLANS with these in it; one that is there already has its settings, and these must agree with them.
+    args: the command line, of `add_run_arguments`. given: {(section, key): value or None}, settings from flags. A new
+    run folder takes PLANS with these in it; one that is there has its settings, and these must agree with them.
     more: other sections. needs: stages that an earlier script has finished; without them nothing is written.
     Raises BadInput: no data, a folder with other settings, a stage that is not there yet.
     """
@@ -482,7 +484,7 @@ class ImageRun:
         """The frozen network of a finished stage. BadInput if it is not finished."""
         state = self.folder.finished(name)
         if state is None:
-            raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with the same --data first")
+            raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with this --data first")
         net = self.network("", two_times)
         net.load_state_dict(state["net"])
         return net.requires_grad_(False)

@@ -451,7 +451,7 @@ CLOCK = 30.0
 
 
 class Teacher(nn.Module):
-    """Velocity, with guidance, of a DiT that was trained here: its clock is CLOCK t. Published ones, with theirs: below.
+    """Velocity, with guidance, of a DiT that was trained here: its clock is CLOCK t. The published ones are below.
 
     net: a DiT. If it has 2C channels (learn_sigma), the first C are the prediction. With one time, the wrapper is a
         velocity field: a teacher, or a fake branch. With two_times it is a student, and forward needs r.

@@ -1,0 +1,124 @@
+"""The ablation of dmd_refine.py: equal budgets, honest comparisons, the same bits however its jobs are spread."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, broken, tiny_teacher
+
+import awd
+import dmd_refine
+from evaluate import NAMES
+from models import student_from_teacher
+
+# --- The plan --------------------------------------------------------------------------------------------------------
+
+
+def test_variants_differ_in_what_they_are_named_for_and_share_the_budget():
+    plan, td = dmd_refine.PLANS["default"], dict(steps=700, batch=64, lr=1e-3, clip=1.0, w=1.0)
+    sections = dmd_refine.ablation_plan(plan, td)
+    assert set(sections) == set(NAMES) and sections["hd"] == plan
+    changed = {name: {key for key in plan if section.get(key) != plan[key]} for name, section in sections.items()}
+    assert changed["mean"] == {"pooling"} and changed["dmd"] == {"pooling"}
+    assert changed["hd-no-td"] == {"init", "steps"} and changed["dmd-no-td"] == {"init", "steps", "pooling"}
+    for name, section in sections.items():
+        without_td = name in ("hd-no-td", "dmd-no-td", "scratch")
+        assert section["steps"] == plan["steps"] + 700 * without_td, name
+
+
+# --- The comparisons -------------------------------------------------------------------------------------------------
+
+
+def rows_of(**values):
+    """Rows as evaluate.py gives them; values: {section: Frechet distances}, with a recall that falls as they rise."""
+    return [{"what": NAMES[name.replace("_", "-")], "nfe": 1, "frechet": value, "recall": 1 - value}
+            for name, group in values.items() for value in group]  # fmt: skip
+
+
+def verdicts(module, **values):
+    """{pair: verdict of the Frechet distance} for those that were compared."""
+    told = [line.split(": ", 1) for line in module.compare(rows_of(**values))]
+    return {what: rest.rsplit(": ", 1)[-1] for what, rest in told if rest.startswith("frechet")}
+
+
+def check_verdicts(module):
+    told = verdicts(module, hd=(0.10, 0.11, 0.12), hd_no_td=(0.30, 0.31, 0.29), mean=(0.10, 0.12, 0.115),
+                    dmd=(0.05, 0.06, 0.055), dmd_no_td=(0.2, 0.2))  # fmt: skip
+    assert told["with AWD, a start from TD against none"] == "better"
+    assert told["attention against mean pooling"] == "not separated"
+    assert told["AWD against none"] == "worse"
+    told = verdicts(module, hd=(0.1, 0.9), hd_no_td=(0.4, 1.4))  # twice as far, and twice as wide
+    assert told["with AWD, a start from TD against none"] == "not separated"
+
+
+def test_rows_are_told_apart_by_their_spread_and_one_seed_tells_nothing():
+    check_verdicts(dmd_refine)
+    line = dmd_refine.compare(rows_of(hd=(0.1,), hd_no_td=(0.9,)))[0]
+    assert line.endswith("not compared, for that takes two seeds of each")
+    recall = [line for line in dmd_refine.compare(rows_of(hd=(0.1, 0.11), hd_no_td=(0.5, 0.51))) if "recall" in line]
+    assert recall[0].endswith("better")  # more is better there
+
+
+@pytest.mark.parametrize("change", [
+    ("sign * (np.mean(groups[0])", "-sign * (np.mean(groups[0])"), ('("hd", "mean")', '("hd", "dmd")'),
+    (".pvalue < 0.05", ".pvalue < 2"), (".pvalue < 0.05", ".pvalue > 0.05")])  # fmt: skip
+def test_a_broken_comparison_is_caught(change):
+    with pytest.raises(AssertionError):
+        check_verdicts(broken(dmd_refine, change))
+
+
+# --- Where the discriminator looks -----------------------------------------------------------------------------------
+
+
+def test_attention_weights_are_shares_and_find_a_planted_token():
+    teacher = tiny_teacher(0)
+    student = type(teacher)(student_from_teacher(teacher.net))
+    channels = teacher.net.config["hidden_size"]
+    discriminator = awd.AdaptiveWeightedDiscriminator([channels])
+    eps, y = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+    x_gen, (weights,) = dmd_refine.attention_weights(student, teacher, discriminator, eps, y, taps=(1,))
+    side = int(teacher.net.pos_embed.shape[1] ** 0.5)
+    assert x_gen.shape == eps.shape and weights.shape == (8, side, side)
+    torch.testing.assert_close(weights.flatten(1).sum(dim=1), torch.ones(8))
+    assert weights.std() > 0
+    discriminator.heads[0].query.data.zero_()  # a query that asks for nothing looks everywhere alike
+    _, (even,) = dmd_refine.attention_weights(student, teacher, discriminator, eps, y, taps=(1,))
+    torch.testing.assert_close(even, torch.full_like(even, 1 / side**2))
+
+
+# --- The whole of it -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ablation_end_to_end_is_the_same_for_one_worker_and_two_and_goes_on(tmp_path):
+    def run(script, *arguments):
+        done = subprocess.run([sys.executable, ROOT / script, "--quick", *map(str, arguments)], cwd=ROOT, text=True,
+                              capture_output=True, timeout=300)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    run("meanflow_td.py", "--out", one, "--teacher-steps", 4, "--td-steps", 2)
+    shutil.copytree(one, two)
+    for out, workers in ((one, 1), (two, 2)):
+        text = run("dmd_refine.py", "--out", out, "--refine-steps", 2, "--ablation", "--seeds", 2, "--count", 100,
+                   "--workers", workers)  # fmt: skip
+        assert "AWD against none: frechet" in text and "times as much with eps - x_0" in text
+    for name in NAMES:
+        for seed in range(2):
+            a, b = (torch.load(out / f"{name}-seed{seed}.pt", weights_only=True)["net"] for out in (one, two))
+            assert all(torch.equal(a[key], b[key]) for key in a), (name, seed)
+    rows = json.loads((two / "results.json").read_text())
+    for title in NAMES.values():
+        assert sorted(row["seed"] for row in rows if row["what"] == title) == [0, 1]
+    told = json.loads((two / "ablation.json").read_text())
+    assert len(told["comparisons"]) == 9 and all(v["data"] > 0 < v["teacher"] for v in told["gradient_variance"])
+    assert (two / "ablation.png").stat().st_size > 10_000
+    # what is there is not trained again; a seed more is
+    before = (two / "hd-seed0.pt").stat().st_mtime_ns
+    (two / "mean-seed1.pt").unlink()
+    run("dmd_refine.py", "--out", two, "--ablation", "--seeds", 2, "--count", 100)
+    assert (two / "hd-seed0.pt").stat().st_mtime_ns == before and (two / "mean-seed1.pt").exists()
