@@ -700,6 +700,12 @@ def encode_moments(vae, x, batch=32):
     return torch.cat([torch.stack(vae.encode(part.to(device)), 1) for part in x.split(batch)])
 
 
+@torch.no_grad()
+def decode_latents(vae, x, scale, batch=16):
+    """Latents x (B, C, h, w), `scale` times the VAE's -> images (B, 3, H, W), about [-1, 1] and not clamped."""
+    return torch.cat([vae.decode(part / scale) for part in x.split(batch)])
+
+
 def draw_latents(moments, scale, generator):
     """Moments (B, 2, C, h, w) -> x_0 = scale * (mean + std * noise), (B, C, h, w) float32, where the generator is."""
     mean, logvar = moments.to(generator.device, torch.float32).unbind(1)
@@ -1026,10 +1032,10 @@ class Keep:
     of the step, so there is no more to save than the parts, the number of steps done, and the rows of metrics.
     """
 
-    EVERY = 60  # seconds between two saves: what a kill costs at most
+    EVERY = 60  # seconds between two saves, at least: what a kill costs
 
     def __init__(self, run, name):
-        self.run, self.path = run, run.path / f"{name}.unfinished"
+        self.run, self.path, self.pause = run, run.path / f"{name}.unfinished", self.EVERY
         self.saved = self.start = time.monotonic()
 
     def seconds(self):
@@ -1048,13 +1054,22 @@ class Keep:
 
     def save(self, parts, steps, rows):
         """Save the parts after `steps` steps, if the last save was long ago."""
-        if time.monotonic() - self.saved < self.EVERY:
+        if time.monotonic() - self.saved < self.pause:
             return
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"steps": steps, "rows": rows, "seconds": self.seconds()}
+        begun = time.monotonic()
         write_whole(self.path, lambda file: torch.save(state, file))
         self.run.write_metrics(rows)
         self.saved = time.monotonic()
+        # an XL/2's state is 11 GB: a save that takes longer than a twentieth of the pause makes the next pause longer
+        self.pause = self.EVERY * max(1.0, 20 * (self.saved - begun) / 60)
+
+
+def save_png(path, image):
+    """Write one uint8 image (H, W, C)."""
+    picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
+    write_whole(path, lambda file: picture.save(file, "png"))
 
 
 def save_grid(path, images, columns, zoom=4):
@@ -1066,7 +1081,7 @@ def save_grid(path, images, columns, zoom=4):
     sheet = sheet.reshape(rows, columns, H, W, C).transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, C)
     sheet = sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: Image.fromarray(sheet.squeeze(2) if C == 1 else sheet).save(file, "png"))
+    save_png(path, sheet)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1080,7 +1095,7 @@ def main(argv=None):
     add("--encode", action="store_true", required=True, help="write the latents of --data-dir to --cache, or go on")
     add("--data-dir", type=Path, required=True, metavar="DIR", help="a folder with one folder of images for each class")
     add("--cache", type=Path, required=True, help="folder for the latents; ImageNet's take 42 GB")
-    add("--vae", default="ema", metavar="ema|mse|PATH", help="weights of Stable Diffusion's AutoencoderKL (%(default)s)")
+    add("--vae", default="ema", metavar="ema|mse|PATH", help="weights of Stable Diffusion's VAE (%(default)s)")
     add("--size", type=whole_number(8, 4096), default=256, help="px that images are cropped to (%(default)s)")
     add("--batch", type=whole_number(1, 4096), default=32, help="images encoded at once, 1 .. 4096 (%(default)s)")
     add("--device", choices=devices, default=devices[0], help="what runs the VAE (%(default)s)")

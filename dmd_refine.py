@@ -52,7 +52,7 @@ from meanflow_td import PLANS as STAGE_1
 from meanflow_td import (LOOK_EVERY, TEACHERS, WRAPPERS, ImageRun, add_run_arguments, add_training_arguments, autocast,
                          backward_in_parts, check_finite, check_training, draw_times, flow_matching_loss, generate,
                          in_parts, labelled, learning_rate, meanflow_loss, missing_parts, new_network, open_run, pick,
-                         plan_name, sample, sentences, student_config, student_objective)
+                         plan_name, sample, sentences, student_config, student_objective, teacher_kind)
 from models import (DiT, add_noise, autocast_off, dit_by_name, dit_from_weights, expand_times, frozen_copy, normal_like,
                     read_weights, update_ema, x0_from_velocity)  # fmt: skip
 
@@ -612,13 +612,13 @@ def dry_run(args, given):
         build = partial(dit_from_weights, read_weights(args.teacher)) if os.path.exists(args.teacher) else None
     if build is not None:
         with FakeTensorMode():
-            teacher = TEACHERS["DiT" if "DiT" in os.path.basename(args.teacher) or "DiT" in args.teacher[:3] else "SiT"](build())
+            teacher = TEACHERS[teacher_kind(args.teacher)](build())
             config = student_config(teacher, STAGE_1[name]["network"])
             student = WRAPPERS[config.pop("wrapper")](DiT(**config, two_times=True))
             rows = [-(-plan["batch"] // args.accumulate) for plan in plans.values()]
             stages, counts = memory(plans["td"], plans["refine"], teacher, student, batch=rows, amp=args.amp,
                                     checkpointing=args.checkpointing)  # fmt: skip
-        print(f"{name}, teacher {args.teacher}, {args.amp == 'bf16' and 'bf16 autocast' or 'fp32'}, checkpointing "
+        print(f"{name}, teacher {args.teacher}, amp {args.amp}, checkpointing "
               f"{'on' if args.checkpointing else 'off'}; rows at once: TD {rows[0]}, refinement {rows[1]}")  # fmt: skip
         for what, count in counts.items():
             print(f"{count:>15,}  numbers in the {what}")
@@ -632,7 +632,9 @@ def dry_run(args, given):
               f"--data-dir {args.data_dir or 'DIR'} --cache {args.cache or 'CACHE'} --vae {args.vae}")  # fmt: skip
         print("Not in the sum: the VAE (0.3 GB of weights), what passes need only on their way, and what CUDA keeps.")
     for what, published in missing:
-        print(f"missing: {what}." + (f"\n    curl -L --create-dirs -o {published.path} {published.url}" if published else ""))
+        print(f"missing: {what}.")
+        if published:
+            print(f"    curl -L --create-dirs -o {published.path} {published.url}")
     return 2 if missing else 0
 
 
@@ -660,7 +662,7 @@ def main(arguments=None):
     parser.add_argument("--lambda-adv", type=positive_number, help="weight of the adversarial term")
     parser.add_argument("--lambda-td", type=positive_number, help="weight of stage 1's loss, kept on (default: off)")
     parser.add_argument("--taps", type=whole_number(0, 99), nargs="+", metavar="BLOCK",
-                        help="the teacher's blocks, from 0, that the discriminator reads (default: the plan's)")  # fmt: skip
+                        help="blocks of the teacher, from 0, that the discriminator reads")  # fmt: skip
     parser.add_argument("--student-steps", type=int, choices=(1, 2), help="2: a student for 1 and 2 calls (default: 1)")
     parser.add_argument("--ablation", action="store_true", help="all variants and seeds, from one teacher and one TD")
     parser.add_argument("--seeds", type=whole_number(1, 10), default=3, help="of --ablation (default: %(default)s)")

@@ -40,8 +40,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import (PUBLISHED, BadInput, EncodedFolder, Glyphs, ImageFolder, LatentCache, RunFolder, fetch, load_vae,
-                  positive_number, progress, rng, save_grid, sha256_file, to_uint8, weights_path, whole_number)
+from data import (PUBLISHED, BadInput, EncodedFolder, Glyphs, ImageFolder, LatentCache, RunFolder, decode_latents,
+                  fetch, load_vae, positive_number, progress, rng, save_grid, sha256_file, to_uint8, weights_path,
+                  whole_number)  # fmt: skip
 from models import (SD_VAE_SCALE, DiT, DiTTeacher, SiTTeacher, Teacher, add_noise, autocast_off, dit_by_name,
                     dit_from_weights, expand_times, frozen_copy, load_weights, read_weights, student_from_teacher,
                     update_ema)  # fmt: skip
@@ -638,10 +639,9 @@ class ImagenetRun(ImageRun):
         self.vae = vae.to(self.device)
         return sha256
 
-    @torch.no_grad()
-    def decode(self, x, batch=16):
+    def decode(self, x):
         """Images (B, 3, H, W) in about [-1, 1] of latents x (B, C, h, w)."""
-        return torch.cat([self.vae.decode(part / SD_VAE_SCALE) for part in x.split(batch)])
+        return decode_latents(self.vae, x, SD_VAE_SCALE)
 
     def network(self, stream, two_times=False, seed=None):
         config = dict(self.plan["network"])
