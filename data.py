@@ -866,7 +866,8 @@ class LatentCache:
     """The latents of a tree of images, memory-mapped from what `python data.py --encode` wrote.
 
     len: images that could be read; labels (len,) int64; names of the `classes`; `size` px of the images; `shape`
-    (C, h, w) of a latent; `vae_sha256`. Opening checks the sizes of all shards; running --encode once more checks every byte.
+    (C, h, w) of a latent; `vae_sha256`. Opening checks the sizes of all shards; running --encode once more checks every
+    byte.
     Raises BadInput that names the file: no manifest, not finished, a shard that is missing, cut off or foreign."""
 
     def __init__(self, path):

@@ -187,7 +187,8 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     fake_updates: of the fake branch for each of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2,
     since these networks learn fast). Learning rates are peaks of Adam's. seed, stream, name, clip, ema_decay, amp,
     accumulate, keep: as in `meanflow_td.train`; the discriminator's gradient in parts is that of a batch but for its
-    spectral norms, which each pass brings a step further; look(step, ema, fake). Raises FloatingPointError when a loss is not finite.
+    spectral norms, which each pass brings a step further; look(step, ema, fake). Raises FloatingPointError when a loss
+    is not finite.
     """
     device = next(student.parameters()).device
     # PRIOR: no momentum between players that chase each other (Brock et al., arXiv 1809.11096). OURS: 0.99

@@ -927,8 +927,8 @@ def plot_spectrum(path, spectra):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Samples, of a student's checkpoint or of a teacher, as PNG files. Label and noise of image i are functions of (seed, i),
-# also the noise that samplers add on their way; so a stopped run goes on, and any image can be made again.
+# Samples, of a student's checkpoint or of a teacher, as PNG files. Label and noise of image i are functions of
+# (seed, i), also the noise that samplers add on their way; so a stopped run goes on, and any image can be made again.
 # ---------------------------------------------------------------------------------------------------------------------
 
 # PRIOR: the 250 steps of DiT's DDPM and of SiT's SDE, behind their published FIDs. Heun has two calls a step.
@@ -1006,7 +1006,7 @@ def open_painter(args):
 
 
 def paint(painter, sampler, steps, indices, args):
-    """Images `indices` by one of SAMPLER_STEPS. -> x (B, C, H, W) in about [-1, 1], seconds sampling, seconds decoding."""
+    """Images `indices` by one of SAMPLER_STEPS. -> x (B, C, H, W) in about [-1, 1], seconds to sample, to decode."""
     y = torch.tensor([label_of(i, args.classes, painter.classes, args.seed) for i in indices], device=args.device)
     eps = torch.stack([torch.randn(painter.shape, generator=data.rng(args.seed, "sample", i)) for i in indices])
     on_the_way = [data.rng(args.seed, "sampler", i) for i in indices]
@@ -1035,7 +1035,8 @@ def seconds_now(device):
 
 
 def begin_samples(out, count, told):
-    """The folder OUT/images for samples that are as `told` says; BadInput if OUT holds others. Writes the fingerprint."""
+    """The folder OUT/images for samples that are as `told` says, and beside it the fingerprint. BadInput if OUT holds
+    others."""
     folder = out / "images"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1050,13 +1051,13 @@ def begin_samples(out, count, told):
     elif any(folder.iterdir()):
         raise BadInput(f"{folder} holds files and no {SIDECAR} is beside it: name another folder by --samples-out")
     if (there := sum(path.suffix == ".png" for path in folder.iterdir())) > count:
-        raise BadInput(f"{folder} holds {there} images already, more than {count}: name another folder, or ask for more")
+        raise BadInput(f"{folder} holds {there} images, more than {count}: name another folder, or ask for more")
     data.write_json(out / SIDECAR, told)
     return folder
 
 
 def sample_images(args):
-    """--sample: write images 0 .. N - 1 to SAMPLES_OUT/images, or those that are missing; grid.png; fingerprint.json."""
+    """--sample: images 0 .. N - 1 to SAMPLES_OUT/images, or those that are missing; grid.png; fingerprint.json."""
     painter, steps = open_painter(args), args.steps or SAMPLER_STEPS[args.sampler]
     if args.sampler == "ddpm" and not isinstance(painter.teacher, models.DiTTeacher):
         raise BadInput("--sampler ddpm is a DiT's own: of a SiT take sde or heun")
@@ -1169,7 +1170,7 @@ def main(argv=None):
     parser.set_defaults(data=None, device=devices[0], accumulate=1, checkpointing=False)
     add = parser.add_argument_group("samples").add_argument
     add("--sample", type=whole_number(1, 10**7), metavar="N", help="write N images of a student, or of a --teacher")
-    add("--checkpoint", type=Path, metavar="FILE", help="the student: a finished stage of a run, RUN/td.pt, or by --out RUN")
+    add("--checkpoint", type=Path, metavar="FILE", help="the student: a finished stage, RUN/td.pt, or give --out RUN")
     add("--samples-out", type=Path, metavar="DIR", help="where samples go: DIR/images/000000.png, ...")
     add("--sampler", choices=tuple(SAMPLER_STEPS), default="student", help="all others: the teacher's (%(default)s)")
     add("--steps", type=whole_number(1, 1000), help="of the sampler (student 1, ddpm and sde 250, heun 125)")

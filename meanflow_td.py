@@ -377,7 +377,7 @@ PLANS |= {
                    cfg_channels=3),
     },
     # A student of a tenth of the teacher's work. Its sizes are not the teacher's, so it starts from random weights and
-    # learns all from the teacher's velocity: OURS, as the toy does. To let a B/4 start from weights, name a B/4 teacher.
+    # learns all from the teacher's velocity: OURS, as the toy does. With a B/4 as --teacher it starts from its weights.
     "imagenet256-b4": {
         "network": dict(patch_size=4, hidden_size=768, depth=12, num_heads=12),  # PRIOR: B/4, MeanFlow's ablations
         "td": dict(steps=400_000, batch=256, lr=1e-4, clip=1.0, ema_decay=0.9999, share_spans=0.25, w=1.5,
@@ -458,7 +458,7 @@ class ImageRun:
         self.folder, self.plan, told = folder, plan, plan["data"]
         self.seed, self.classes, self.channels = told["seed"], len(told["classes"]), told["channels"]
         self.shape = tuple(told.get("latent", (self.channels, told["size"], told["size"])))  # of what is diffused
-        # the same labels and noise for every grid of samples: rows for each of ten classes, or for all if there are less
+        # the same labels and noise for every grid of samples: of ten classes, or of all if there are less
         rows, each = min(10, self.classes), 10 if self.shape[1] == told["size"] else -(-20 // min(10, self.classes))
         self.grid_y = (torch.arange(rows) * self.classes // rows).repeat_interleave(each).to(self.device)
         self.grid_eps = self.noise(len(self.grid_y), "grid")
@@ -518,7 +518,8 @@ class ImageRun:
     def save_samples(self, name, x):
         """A grid of samples x (N, C, H, W), ten in a row, to samples/<name>.png."""
         images = to_uint8(self.decode(x))
-        save_grid(self.folder.path / "samples" / f"{name}.png", images, columns=10, zoom=4 if len(images[0]) < 64 else 1)
+        zoom = 4 if len(images[0]) < 64 else 1
+        save_grid(self.folder.path / "samples" / f"{name}.png", images, columns=10, zoom=zoom)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,7 +529,7 @@ class ImageRun:
 
 TEACHERS = {"SiT": SiTTeacher, "DiT": DiTTeacher}
 WRAPPERS = {wrapper.__name__: wrapper for wrapper in (Teacher, SiTTeacher, DiTTeacher)}
-DATA_HELP = ("ImageNet's training images (ILSVRC 2012, 138 GB, from https://image-net.org/download.php with an account): "
+DATA_HELP = ("ImageNet's training images (ILSVRC 2012, 138 GB, with an account from https://image-net.org/download.php): "
              "name by --data-dir the folder that holds n01440764/*.JPEG and 999 more; or by --cache their latents, as "
              "`python data.py --encode` writes them")  # fmt: skip
 
@@ -540,7 +541,8 @@ def missing_parts(args):
     places = [Path(place) for place in (args.cache, args.data_dir) if place]
     if not places:
         missing.append((DATA_HELP, None))
-    missing += [(f"{place}, which is not there. It should hold {DATA_HELP}", None) for place in places if not place.exists()]
+    missing += [(f"{place}, which is not there; what goes there: {DATA_HELP}", None)
+                for place in places if not place.exists()]  # fmt: skip
     for flag, what, name in (("--teacher", "the teacher", args.teacher), ("--vae", "the VAE", args.vae)):
         path = weights_path(name)
         if name in PUBLISHED and not path.exists():
@@ -566,17 +568,23 @@ def require_parts(args):
         raise BadInput("\n".join(["this machine lacks", *(f"- {what}." for what in said)]))
 
 
+def teacher_kind(name):
+    """SiT or DiT, as a teacher's name or its file's name says. BadInput if it says neither, or both."""
+    kinds = [kind for kind in TEACHERS if kind in (name if name in PUBLISHED else Path(name).name)]
+    if len(kinds) != 1:
+        raise BadInput(f"{name}: the file's name has to tell whether it is a SiT or a DiT, whose clocks differ, as in "
+                       "SiT-XL-2-256.pt")  # fmt: skip
+    return kinds[0]
+
+
 def load_teacher(name):
     """-> a frozen published teacher in the wrapper that its name asks for, and the sha256 of its file.
 
     name: one of PUBLISHED, fetched on first use; or a path whose file's name has SiT or DiT in it, since weights do not
     tell which of the two clocks they follow. Of a path, the file tells the sizes. BadInput: one sentence.
     """
+    kind = teacher_kind(name)
     path = fetch(PUBLISHED[name], "--teacher") if name in PUBLISHED else Path(name)
-    kinds = [kind for kind in TEACHERS if kind in (name if name in PUBLISHED else path.name)]
-    if len(kinds) != 1:
-        raise BadInput(f"{path}: its name has to tell whether it is a SiT or a DiT (whose clocks differ), as in "
-                       "SiT-XL-2-256.pt")  # fmt: skip
     sha256 = sha256_file(path)
     try:
         weights = read_weights(path)
@@ -586,7 +594,7 @@ def load_teacher(name):
         raise BadInput(str(error)) from error
     except (KeyError, IndexError, RuntimeError) as error:  # a DiT's names, with parts missing or of strange shapes
         raise BadInput(f"{path} does not hold a DiT with all its parts ({error})") from error
-    return TEACHERS[kinds[0]](net.eval().requires_grad_(False)), sha256
+    return TEACHERS[kind](net.eval().requires_grad_(False)), sha256
 
 
 def student_config(teacher, sizes):
@@ -599,7 +607,7 @@ def student_config(teacher, sizes):
 
 
 class ImagenetRun(ImageRun):
-    """A run on ImageNet, of a published teacher. What it takes of the command line besides: cache, teacher, vae, preset.
+    """A run on ImageNet, of a published teacher. args has more flags: cache, teacher, vae, preset.
 
     The student starts from the teacher's weights where it has the teacher's sizes, else from random ones. Random ones
     get the wrapper of nets that are trained here: a DiT's formula would amplify them 158 times where samples start.
@@ -693,13 +701,13 @@ def add_run_arguments(parser):
                         help="pixels; of imagenet, the teacher tells them (default: %(default)s)")  # fmt: skip
     parser.add_argument("--out", help="run folder (default: runs/glyphs, and for other data or sizes runs/...)")
     imagenet = parser.add_argument_group("for --data imagenet")
-    imagenet.add_argument("--cache", help="latents, from `python data.py --encode`; without, images are encoded as drawn")
+    imagenet.add_argument("--cache", help="latents, of `python data.py --encode`; without, images are encoded as drawn")
     imagenet.add_argument("--teacher", default="SiT-XL/2", metavar="SiT-XL/2|DiT-XL/2|PATH",
                           help="published, or a file with SiT or DiT in its name (default: %(default)s)")  # fmt: skip
     imagenet.add_argument("--vae", default="ema", metavar="ema|mse|PATH",
                           help="weights of Stable Diffusion's VAE (default: %(default)s)")  # fmt: skip
     imagenet.add_argument("--preset", choices=("imagenet256-xl2", "imagenet256-b4"), default="imagenet256-xl2",
-                          help="xl2: student of the teacher's size; b4: a small one (default: %(default)s)")  # fmt: skip
+                          help="xl2: a student like the teacher; b4: a small one (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="everything, small: to see that it works, not how well")
 
@@ -710,9 +718,9 @@ def add_training_arguments(parser):
     parser.add_argument("--amp", choices=("bf16", "off"),
                         help="matrix products in bf16 (default: bf16 on cuda, off elsewhere)")  # fmt: skip
     parser.add_argument("--accumulate", type=whole_number(1, 2**16), default=1, metavar="N",
-                        help="take each batch in N parts: less memory, the same gradient (default: %(default)s)")  # fmt: skip
+                        help="take a batch in N parts: less memory, the same gradient (default: %(default)s)")
     parser.add_argument("--checkpointing", action="store_true",
-                        help="keep less of each pass and compute it again: less memory, a third more time")  # fmt: skip
+                        help="keep less of a pass and compute it again: less memory, a third more time")
     parser.add_argument("--dry-run", action="store_true",
                         help="of --data imagenet: print sizes, memory and what is missing, and stop")  # fmt: skip
 
@@ -762,7 +770,7 @@ def main(arguments=None):
     parser.add_argument("--teacher-steps", type=whole_number(1), help="updates of the teacher")
     parser.add_argument("--td-steps", type=whole_number(1), help="updates of the student")
     parser.add_argument("--w", type=positive_number,
-                        help="the teacher's guidance in both stages; 1 is none (default: 1; of imagenet 1.5)")  # fmt: skip
+                        help="the teacher's guidance, baked in; 1 is none (default: 1, of imagenet 1.5)")
     parser.add_argument("--cfg-channels", type=whole_number(1, 4), metavar="N",
                         help="of imagenet: guide the first N of 4 channels (default: 3, as published)")  # fmt: skip
     args = parser.parse_args(arguments)
