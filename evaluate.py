@@ -983,8 +983,9 @@ def open_painter(args):
         if wants_teacher and settings["data"] != "imagenet":
             teacher = run.load("teacher")
     if wants_teacher and teacher is None:
-        teacher, told["teacher"] = load_teacher(args.teacher)
+        teacher, sha256 = load_teacher(args.teacher)
         teacher.to(args.device)
+        told["teacher"] = None if args.sampler == "student" else sha256
     if run is None or settings["data"] == "imagenet":
         vae, told["vae"] = data.load_vae(args.vae)
         told["vae_scale"] = models.SD_VAE_SCALE

@@ -529,7 +529,7 @@ class ImageRun:
 
 TEACHERS = {"SiT": SiTTeacher, "DiT": DiTTeacher}
 WRAPPERS = {wrapper.__name__: wrapper for wrapper in (Teacher, SiTTeacher, DiTTeacher)}
-DATA_HELP = ("ImageNet's training images (ILSVRC 2012, 138 GB, with an account from https://image-net.org/download.php): "
+DATA_HELP = ("ImageNet's training images (ILSVRC 2012, 138 GB; accounts at https://image-net.org/download.php): "
              "name by --data-dir the folder that holds n01440764/*.JPEG and 999 more; or by --cache their latents, as "
              "`python data.py --encode` writes them")  # fmt: skip
 

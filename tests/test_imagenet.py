@@ -65,7 +65,8 @@ def imagenet(root, kind="SiT", **changes):
     """The flags that name all parts. A value of None leaves a flag out."""
     flags = {"data": "imagenet", "cache": root / "cache", "teacher": root / f"{kind}-tiny.pt", "vae": root / "vae.pt",
              "device": "cpu", **changes}  # fmt: skip
-    return [part for name, value in flags.items() if value is not None for part in (f"--{name.replace('_', '-')}", value)]
+    given = {name: value for name, value in flags.items() if value is not None}
+    return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
 
 
 def train(root, out, kind="SiT", *more):
@@ -99,7 +100,7 @@ def test_the_chain(made, trained, tmp_path):
     assert {row[0] for row in lines[1:]} == {"td", "hd-seed0"}
     for name in ("td-000002", "hd-seed0-000002", "hd-seed0-dmd-000002"):
         with Image.open(trained / "samples" / f"{name}.png") as picture:
-            assert picture.mode == "RGB" and picture.width == 640 and len(set(picture.getdata())) > 20
+            assert picture.mode == "RGB" and picture.width == 640 and len(np.unique(np.asarray(picture))) > 20
     teacher = models.read_weights(made / "SiT-tiny.pt")
     for stage in ("td", "hd-seed0"):
         net = torch.load(trained / f"{stage}.pt", weights_only=True)["net"]
@@ -173,10 +174,11 @@ def test_encoding_on_the_fly_draws_what_the_cache_draws(made, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_machine_with_nothing_is_told_all_that_is_missing(tmp_path, monkeypatch):
+def test_a_machine_with_nothing_is_told_all_that_is_missing(tmp_path):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    process = subprocess.run([sys.executable, ROOT / "meanflow_td.py", "--data", "imagenet"], cwd=tmp_path, text=True,
-                             capture_output=True, env={"HOME": str(tmp_path)})  # fmt: skip
+    (tmp_path / "here").mkdir()
+    process = subprocess.run([sys.executable, ROOT / "meanflow_td.py", "--data", "imagenet"], cwd=tmp_path / "here",
+                             text=True, capture_output=True, env={"HOME": str(tmp_path)})  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10  # of a core that may be busy
     assert process.returncode == 2 and "Traceback" not in process.stderr and not process.stdout
@@ -184,7 +186,7 @@ def test_a_machine_with_nothing_is_told_all_that_is_missing(tmp_path, monkeypatc
         assert data.PUBLISHED[name].url in process.stderr
         assert str(tmp_path / ".cache/torch/hub/checkpoints" / data.PUBLISHED[name].file) in process.stderr
     assert "--data-dir" in process.stderr and "image-net.org" in process.stderr
-    assert not list(tmp_path.iterdir())  # no run folder, no cache
+    assert not list((tmp_path / "here").iterdir()) and not (tmp_path / ".cache/torch").exists()  # no run, no cache
 
 
 def test_without_a_network_one_sentence_for_each_file_that_could_not_be_fetched(made, tmp_path, monkeypatch):
@@ -272,13 +274,12 @@ def test_the_dry_run_adds_up(tmp_path, monkeypatch):
     code, said, _ = script(meanflow_td, "--data", "imagenet", "--dry-run", "--out", tmp_path / "run")
     assert code == 2 and not list(tmp_path.iterdir()) and said.count("missing:") == 3 and said.count("curl -L") == 2
     C, teacher = 1152, 675_129_632
-    table = teacher - (256 * C + 3 * C * C + 5 * C) if False else 256 * C  # pos_embed: fixed, so nobody trains it
+    table = 256 * C  # pos_embed is fixed: it has neither gradient nor moments
     student = teacher + (256 * C + C) + (C * C + C)  # the embedder of the time span
     head = 2 * C + C * C + C + (C * C + C) + 2 * C + (C * C + C) + (C + 1)  # norm, keys, query, values, norm, ...
     vectors = 2 * C + 2 * C + (1 + C)  # of the power iterations of three spectral norms
-    counts = dict(re.findall(r"([\d,]+)  numbers in the (\w+)", said))
-    assert {int(n.replace(",", "")): name for n, name in counts.items()} == {
-        teacher: "fake", student: "student", 4 * (head + vectors): "discriminator"} and f"{teacher:,}" in said  # fmt: skip
+    counts = re.findall(r"([\d,]+)  numbers in the", said)
+    assert [int(number.replace(",", "")) for number in counts] == [teacher, student, teacher, 4 * (head + vectors)]
     rows = {name: list(map(float, values)) for name, *values in
             re.findall(r"^ *(\w+) +(\d+\.\d\d) +(\d+\.\d\d)$", said, re.MULTILINE)}  # fmt: skip
     td, both = student - table, student - table + teacher - table + 4 * head
@@ -345,7 +346,7 @@ def check_accumulation(module, name):
     assert max(g.abs().max() for g in whole) > 1e-3
     for parts in (2, 4, 6):  # 4 does not divide 6
         for a, b in zip(gradients(module, objective, two_times, accumulate=parts), whole):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -391,16 +392,15 @@ def test_checkpointing_changes_no_gradient_and_leaves_the_tangent_alone(monkeypa
     found = []
     for student.net.checkpointing in (False, True):
         teacher.net.checkpointing = student.net.checkpointing
-        x_0, y = draw(6, data.rng(0, "x"))
-        loss, _ = meanflow_td.student_objective(student, x_0, y, torch.randn_like(x_0), data.rng(0, "t"), teacher=teacher)
+        (x_0, y), (eps, _) = draw(6, data.rng(0, "x")), draw(6, data.rng(0, "eps"))
+        loss, _ = meanflow_td.student_objective(student, x_0, y, eps, data.rng(0, "t"), teacher=teacher)
         found.append(torch.autograd.grad(loss, student.parameters()))
-        torch.manual_seed(0)
     assert len(calls) == len(student.net.blocks)  # neither the teacher's pass nor the one for du/dt
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 def test_autocast_keeps_in_fp32_what_is_promised(monkeypatch):
-    """bf16 in the blocks of passes for v and u; fp32 in du/dt's pass, times, their embeddings, target, loss, gradient."""
+    """bf16 in the blocks for v and u; fp32 in du/dt's pass, times, their embeddings, target, loss, gradient."""
     student, teacher = tiny_teacher(1, two_times=True), tiny_teacher(9).requires_grad_(False)
     seen, target = {}, meanflow_td.meanflow_target
 
@@ -429,7 +429,8 @@ def test_autocast_keeps_in_fp32_what_is_promised(monkeypatch):
     assert seen == {
         ("teacher", "block"): low, ("student", "block"): low, ("student, du/dt", "block"): full, "target": full,
         ("teacher", "time"): full, ("student", "time"): full, ("student, du/dt", "time"): full}  # fmt: skip
-    assert {p.dtype for net in (student, ema) for p in net.parameters()} | {p.grad.dtype for p in student.parameters()} == full
+    assert {p.dtype for net in (student, ema) for p in net.parameters()} == full
+    assert {p.grad.dtype for p in student.parameters()} == full
     exact = gradients(meanflow_td, *OBJECTIVES["student"])
     close = gradients(meanflow_td, *OBJECTIVES["student"], amp="bf16")
     apart = torch.cat([(a - b).flatten() for a, b in zip(exact, close)]).norm()
@@ -499,14 +500,15 @@ def test_labels():
     assert min(np.bincount(labels("random"), minlength=3)) > 70
 
 
-@pytest.mark.parametrize("sampler, kind, calls", [("ddpm", "DiT", 3), ("sde", "SiT", 3), ("heun", "SiT", 6), ("heun", "DiT", 6)])
+@pytest.mark.parametrize("sampler, kind, calls", [
+    ("ddpm", "DiT", 3), ("sde", "SiT", 3), ("heun", "SiT", 6), ("heun", "DiT", 6)])  # fmt: skip
 def test_teachers_samples_do_not_depend_on_the_batch(made, tmp_path, sampler, kind, calls):
     found = []
     for batch in (1, 3):
         out = tmp_path / str(batch)
         code, _, err = script(evaluate, "--sample", 3, "--sampler", sampler, "--steps", 3, "--teacher",
-                              made / f"{kind}-tiny.pt", "--vae", made / "vae.pt", "--batch", batch, "--samples-out", out,
-                              "--w", "1.5", "--device", "cpu")  # fmt: skip
+                              made / f"{kind}-tiny.pt", "--vae", made / "vae.pt", "--batch", batch, "--w", "1.5",
+                              "--samples-out", out, "--device", "cpu")  # fmt: skip
         assert code == 0, err
         found.append(data.ImageFolder(out / "images").images(range(3)).astype(int))
         told = json.loads((out / "fingerprint.json").read_text())
