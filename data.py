@@ -19,6 +19,7 @@ writes what LatentCache reads; cut off at any moment, the same command goes on.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 import argparse
 import csv
 import functools
@@ -30,12 +31,19 @@ import json
 import math
 import os
 from pathlib import Path
+import re
 import shutil
+import signal
 import sys
+import threading
 import time
 from typing import Callable, NamedTuple
 import zipfile
-import zlib
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing there keeps two processes from working in one run folder
+    fcntl = None
 
 import matplotlib
 import numpy as np
@@ -52,16 +60,37 @@ class BadInput(ValueError):
     """What the user handed over cannot be used: one sentence with value and remedy, at which scripts exit with 2."""
 
 
+class Diverged(FloatingPointError):
+    """A loss, a gradient or a sample is not finite, at which scripts exit with 3. report: what is known of it."""
+
+    def __init__(self, sentence, report=None):  # pickle, which brings it from a worker, hands over the sentence alone
+        super().__init__(sentence)
+        self.report = report or {}
+
+
+def sha256_start(file, size):
+    """Hexadecimal sha256 of the first `size` bytes of an open file."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(min(1 << 22, size)):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.hexdigest()
+
+
 def sha256_file(path):
     """Hexadecimal sha256 of a file of any size. BadInput if it cannot be read."""
-    digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
+            return sha256_start(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}).") from error
-    return digest.hexdigest()
+
+
+def sha256_json(value):
+    """Hexadecimal sha256 of a dict for JSON, but for its own entry "sha256": one that was changed is then seen."""
+    told = {key: value[key] for key in value if key != "sha256"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path):
@@ -77,7 +106,7 @@ def write_whole(path, write):
     path = Path(path)
     beside = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write one file
     try:
-        with open(beside, "wb") as file:
+        with open(beside, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -101,7 +130,7 @@ def whole_number(low, high=2**31):
     """A type for argparse: whole numbers in low .. high."""
 
     def parse(text):
-        if not text.lstrip("-").isdigit() or not low <= int(text) <= high:
+        if not re.fullmatch(r"-?[0-9]{1,18}", text) or not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number in {low:,} .. {high:,}")
         return int(text)
 
@@ -117,6 +146,24 @@ def positive_number(text):
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+@contextmanager
+def sentences(parser):
+    """Inside, what a user can mend ends the script with one sentence in the place of a traceback.
+
+    Yields an ExitStack, for the lock of the run folder that the script will find."""
+    try:
+        with ExitStack() as held:
+            yield held
+    except BadInput as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: {error}; what was saved is kept, and the same command goes on\n")
+    except FloatingPointError as error:
+        parser.exit(3, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: stopped; the same command goes on from where it last saved\n")
 
 
 def progress(items, label, **options):
@@ -339,7 +386,12 @@ def to_float(images):
 
 
 def to_uint8(x):
-    """Tensor (B, C, H, W) in [-1, 1] -> numpy uint8 (B, H, W, C) by UINT8_RULE; undoes `to_float` exactly."""
+    """Tensor (B, C, H, W) in [-1, 1] -> numpy uint8 (B, H, W, C) by UINT8_RULE; undoes `to_float` exactly.
+
+    Raises Diverged if it holds NaN or infinity, which would become black or white pixels that nobody questions."""
+    finite = x.isfinite().flatten(1).all(dim=1)  # (B,)
+    if not finite.all():
+        raise Diverged(f"{int((~finite).sum())} of {len(x)} samples are not finite.", {"term": "sample"})
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -348,7 +400,6 @@ def to_uint8(x):
 # ---------------------------------------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError)
 
 
 def read_image(path, size=None, channels=3):
@@ -362,7 +413,7 @@ def read_image(path, size=None, channels=3):
             image = file.convert("RGB" if channels == 3 else "L")
     except BadInput:
         raise
-    except READ_ERRORS as error:
+    except Exception as error:  # Pillow has no one type for a damaged file
         raise BadInput(f"{path} cannot be read as an image ({error}).") from error
     pixels = np.asarray(centre_crop(image, size) if size else image)
     return pixels.reshape(*pixels.shape[:2], channels)
@@ -423,7 +474,7 @@ class ImageFolder:
             try:
                 with Image.open(path) as file:
                     size = file.size
-            except READ_ERRORS as error:
+            except Exception as error:  # Pillow has no one type for a damaged file
                 raise BadInput(f"{path} cannot be read as an image ({error}).") from error
             first = first or size
             if size != first:
@@ -461,28 +512,45 @@ class ImageFolder:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def open_array(path, name):
+    """An array of an npz file, not yet read: its stream, the place of its first byte, shape, dtype, Fortran's order.
+
+    KeyError if there is none of this name. ValueError, or another error, for what numpy never writes: a header that
+    says another size than the file has, pickled objects, which could run any program, or a strange compression."""
+    archive = zipfile.ZipFile(path)
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed in a way that numpy does not use")
+    file = archive.open(entry)
+    head = io.BytesIO(file.read(1 << 14))  # numpy's headers take some 100 bytes; one of gigabytes is a trap
+    first = np.lib.format.read_magic(head) == (1, 0)
+    read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read_header(head)
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds pickled objects, which are not read: they can run any program")
+    size = head.tell() + math.prod(shape) * dtype.itemsize
+    # deflate packs at most 1032 bytes into one
+    if min(shape, default=0) < 0 or size != entry.file_size or size > 1032 * os.path.getsize(path):
+        raise ValueError(f"{name} is not as large as its header says")
+    return file, head.tell(), shape, dtype, fortran
+
+
 class NpzImages:
     """`arr_0` of an .npz file, uint8 (N, H, W, C) with H = W and C = 3 or 1. Raises BadInput on anything else."""
 
     def __init__(self, path):
         self.path = path
         try:
-            self._file = zipfile.ZipFile(path).open("arr_0.npy")
-            version = np.lib.format.read_magic(self._file)
-            first = version == (1, 0)
-            read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read_header(self._file)
+            self._file, self._start, shape, dtype, fortran = open_array(path, "arr_0")
         except KeyError as error:
             raise BadInput(f"{path} has no array `arr_0` with images.") from error
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except Exception as error:  # zipfile and numpy have no one type for a damaged file
             raise BadInput(f"{path} cannot be read as an npz file ({error}).") from error
-        if dtype.hasobject:
-            raise BadInput(f"{path} holds pickled objects, which are not read: they can run any program.")
         if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] not in (1, 3) or fortran:
             raise BadInput(f"{path} holds arr_0 as {dtype} {shape}; images must be uint8 (N, H, H, 3) or (N, H, H, 1).")
         if shape[0] == 0:
             raise BadInput(f"{path} holds no images.")
-        self.shape, self._start = shape, self._file.tell()
+        self.shape = shape
         self.size, self.channels = shape[1], shape[3]
 
     def __len__(self):
@@ -500,7 +568,7 @@ class NpzImages:
             for image, i in zip(images, indices):
                 self._file.seek(self._start + int(i) * bytes_each)
                 image[:] = np.frombuffer(self._file.read(bytes_each), np.uint8).reshape(image.shape)
-        except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        except Exception as error:  # zipfile has no one type for a damaged file
             raise BadInput(f"{self.path} is damaged or cut off at image {int(i)} ({error}).") from error
         return images
 
@@ -511,25 +579,29 @@ def read_statistics(path, named):
     named: {feature: (name of the mean, name of the covariance, dimension d)}.
     -> {feature: (mean (d,), covariance (d, d))} in float64, for the features that the file holds; and NpzImages of its
     arr_0, or None. Raises BadInput: no npz, pickled, NaN, another dimension, a mean without its covariance."""
+
+    def read(name, expected):
+        file, start, shape, dtype, fortran = open_array(path, name)
+        if shape != expected or dtype.kind not in "fiu":
+            raise BadInput(f"{path} holds {name} as {dtype} {shape}, not as numbers {expected}.")
+        file.seek(start)
+        values = np.frombuffer(file.read(), dtype).reshape(shape, order="F" if fortran else "C").astype(np.float64)
+        if not np.isfinite(values).all():
+            raise BadInput(f"{path} holds NaN or infinity in {name}.")
+        return values
+
     stats = {}
     try:
-        zipfile.ZipFile(path).close()  # np.load takes other formats too, and answers them in other ways
-        with np.load(path, allow_pickle=False) as file:
-            keys = file.files
-            for feature, (mu, sigma, dim) in named.items():
-                if mu not in keys and sigma not in keys:
-                    continue
-                stats[feature] = file[mu].astype(np.float64), file[sigma].astype(np.float64)
-                shapes = tuple(a.shape for a in stats[feature])
-                if shapes != ((dim,), (dim, dim)):
-                    raise BadInput(f"{path} holds {mu} {shapes[0]} and {sigma} {shapes[1]}, not of {dim} dimensions.")
-                if not all(np.isfinite(a).all() for a in stats[feature]):
-                    raise BadInput(f"{path} holds NaN or infinity in {mu} or {sigma}.")
+        with zipfile.ZipFile(path) as archive:
+            keys = [name.removesuffix(".npy") for name in archive.namelist()]
+        for feature, (mu, sigma, dim) in named.items():
+            if mu in keys or sigma in keys:
+                stats[feature] = read(mu, (dim,)), read(sigma, (dim, dim))
     except BadInput:
         raise
     except KeyError as error:
         raise BadInput(f"{path} holds one of {mu}, {sigma} without the other.") from error
-    except (*READ_ERRORS, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile and numpy have no one type for a damaged file
         raise BadInput(f"{path} cannot be read as an npz file of plain arrays ({error}).") from error
     return stats, NpzImages(path) if "arr_0" in keys else None
 
@@ -732,17 +804,11 @@ def open_shard(cache, manifest, k):
     return moments
 
 
-def manifest_sha256(manifest):
-    """sha256 of all that a manifest says. It stands in the manifest itself: one that was changed is refused."""
-    told = {key: manifest[key] for key in manifest if key != "sha256"}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
 def read_manifest(cache):
     """The manifest of a cache, finished or not. Raises BadInput: none, damaged, another format."""
     path = Path(cache, "manifest.json")
     told = read_json(path)
-    if not isinstance(told, dict) or told.get("sha256") != manifest_sha256(told):
+    if not isinstance(told, dict) or told.get("sha256") != sha256_json(told):
         raise BadInput(f"{path} is not a manifest of latents, or damaged: remove {cache} and encode again.")
     if told.get("format") != CACHE_FORMAT:
         raise BadInput(f"{path} has format {told.get('format')!r}, not {CACHE_FORMAT!r}: remove {cache}, encode again.")
@@ -818,7 +884,7 @@ def encode_folder(folder, vae, cache, *, vae_sha256, scale, batch=32, shard_imag
 
     def write_manifest():
         manifest = {**made, "shards": records}
-        write_json(cache / "manifest.json", {**manifest, "sha256": manifest_sha256(manifest)})
+        write_json(cache / "manifest.json", {**manifest, "sha256": sha256_json(manifest)})
 
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -933,6 +999,114 @@ class EncodedFolder:
 # The run folder
 # ---------------------------------------------------------------------------------------------------------------------
 
+# A checkpoint is what torch.save writes, a zip file. Its sha256 stands where the format has room for a comment, at the
+# very end: torch.load reads the file as ever, and read_checkpoint refuses one of which a single bit has changed.
+SHA256_DIGITS = 64
+CHECKPOINT_FORMAT = 1
+
+
+def write_checkpoint(path, state):
+    """Write a dict of tensors, numbers, strings and containers of them, with its sha256; whole or not at all."""
+
+    def write(file):
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch buries the error of a full disk under one of its own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+        file.seek(-2, os.SEEK_END)
+        file.write(SHA256_DIGITS.to_bytes(2, "little"))  # the length of the zip file's comment, until now 0
+        file.write(sha256_start(file, file.tell()).encode())
+
+    write_whole(path, write)
+
+
+def read_checkpoint(path):
+    """What `write_checkpoint` wrote, onto the CPU; nothing in the file is run. Raises anything if it is damaged."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - SHA256_DIGITS))
+        tail = file.read()
+        if tail[-22:-18] == b"PK\5\6" and tail[-2:] == b"\0\0":  # no comment: older than these checksums
+            if part := zipfile.ZipFile(file).testzip():
+                raise ValueError(f"the checksum of its part {part} is wrong")
+        elif sha256_start(file, size - SHA256_DIGITS).encode() != tail:
+            raise ValueError("it is not what its sha256 says")
+        file.seek(0)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError("it holds no dict")
+    return state
+
+
+def set_aside(path, reason):
+    """Rename a damaged file of ours, with a warning, so that nothing reads it and nobody loses it."""
+    kept = path.with_name(path.name + ".damaged")
+    reason = " ".join(str(reason).split())[:200]
+    print(f"warning: {path} is damaged ({reason}): kept as {kept.name}. Its work is taken from before or made again")
+    os.replace(path, kept)
+
+
+@functools.cache
+def code_version():
+    """The first 8 digits of the sha256 over these files' sources: checkpoints name the code that made them."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+
+
+@contextmanager
+def alone(path):
+    """Inside, no other process works in this folder. A killed process leaves no lock behind.
+
+    BadInput if one does, or if the folder can't be written to."""
+    if not os.access(path, os.W_OK):
+        raise BadInput(f"can't write to {path}: name another folder with --out")
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise BadInput(f"another process works in {path}: wait for it, or name another folder with --out") from None
+    except OSError:  # a disk, mostly of a network, that knows no locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
+class Patience:
+    """Inside, a first Ctrl-C is only noted, for whoever has just saved its work to look at; a second stops at once."""
+
+    asked = False  # of the whole process, as a signal is
+
+    def __enter__(self):
+        self.look()
+        self.before = signal.getsignal(signal.SIGINT)
+        # left alone: who ignores Ctrl-C (nohup), who is patient already, and threads, which may not ask for signals
+        self.ours = self.before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+        if self.ours:
+            signal.signal(signal.SIGINT, self.note)
+
+    def __exit__(self, *_):
+        if self.ours:
+            signal.signal(signal.SIGINT, self.before)
+
+    @staticmethod
+    def note(number, frame):
+        if Patience.asked:
+            raise KeyboardInterrupt
+        Patience.asked = True
+        print("stopping as soon as this step is saved; Ctrl-C once more stops at once", file=sys.stderr)
+
+    @classmethod
+    def look(cls):
+        """Raise KeyboardInterrupt if Ctrl-C was pressed."""
+        if cls.asked:
+            raise KeyboardInterrupt
+
 
 class RunFolder:
     """runs/<name>/: config.json, metrics.csv, results.json, pictures, and one checkpoint for each finished stage.
@@ -952,8 +1126,12 @@ class RunFolder:
         there, old = self.path / "config.json", {}
         if there.exists():
             old = read_json(there)
+            told = old.pop("sha256", None) if isinstance(old, dict) else None  # none: older than these checksums
             if not isinstance(old, dict) or not all(isinstance(section, dict) for section in old.values()):
                 raise BadInput(f"{there} is not the configuration of a run: name another folder with --out")
+            if told not in (None, sha256_json(old)):
+                raise BadInput(f"{there} is damaged or was edited: put it back as it was, or name another folder with "
+                               "--out; without its line of sha256 it is taken as it is")  # fmt: skip
             for section in config.keys() & old.keys():
                 was, now = old[section], config[section]
                 changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
@@ -966,20 +1144,32 @@ class RunFolder:
         self.config = old | config  # all sections, those of other scripts too
         try:
             if old != self.config:
-                write_json(there, self.config)
+                with alone(self.path):
+                    write_json(there, self.config | {"sha256": sha256_json(self.config)})
         except OSError as error:
             raise BadInput(f"can't write to {self.path} ({error.strerror}): name another folder with --out") from None
 
     def read(self, path):
-        """A file's dict, or None with a warning where it is damaged; the damaged file is kept under another name."""
+        """A checkpoint's dict, or None with a warning where it is damaged. Raises BadInput if it is another run's."""
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise  # the disk's trouble, not the file's
+            state = read_checkpoint(path)
+        except (OSError, MemoryError):
+            raise  # the machine's trouble, not the file's
         except Exception as error:  # torch has no one type for "this file is damaged"
-            kept = path.with_name(path.name + ".damaged")
-            print(f"warning: {path} is damaged ({type(error).__name__}); kept as {kept.name}, its work is done again")
-            os.replace(path, kept)
+            set_aside(path, error)
+            return None
+        made = state.get("made", {"format": 0, "config": {}})  # none: older than these records
+        if made["format"] > CHECKPOINT_FORMAT:
+            raise BadInput(f"{path} has format {made['format']}, this code reads up to {CHECKPOINT_FORMAT}: update")
+        for section in made["config"].keys() & self.config.keys():
+            if made["config"][section] != self.config[section]:
+                raise BadInput(f"{path} was made in a run with other settings of {section}: take it out of this folder")
+        return state
+
+    def write(self, path, state):
+        """Write a checkpoint that tells where it comes from."""
+        made = {"format": CHECKPOINT_FORMAT, "code": code_version(), "config": self.config}
+        write_checkpoint(path, {**state, "made": made})
 
     def finished(self, name):
         """The dict of a finished stage, or None."""
@@ -990,40 +1180,62 @@ class RunFolder:
         """The dict that compute(keep) returns: from <name>.pt if an earlier run finished this stage, else computed.
 
         keep: a `Keep`, with which a long stage saves itself on the way. The dict holds tensors, numbers, strings and
-        containers of them: it is read back with weights_only=True, onto the CPU.
+        containers of them. A stage that diverges leaves a report, <name>.diverged.json.
         """
-        state = self.finished(name)
+        state, keep, report = self.finished(name), Keep(self, name), self.path / f"{name}.diverged.json"
         if state is None:
-            keep = Keep(self, name)
-            state = {**compute(keep), "finished": time.time()}
-            write_whole(self.path / f"{name}.pt", lambda file: torch.save(state, file))
-            keep.path.unlink(missing_ok=True)
+            with Patience():
+                try:
+                    state = {**compute(keep), "finished": time.time()}
+                except Diverged as error:
+                    write_json(report, {"stage": name, "said": str(error), **error.report})
+                    raise Diverged(f"{error} {report} tells more; what was saved before is kept.") from error
+                self.write(self.path / f"{name}.pt", state)
+            Patience.look()
+            report.unlink(missing_ok=True)
+        keep.discard()
         return state
 
     def stages(self):
         """{name: dict} of all finished stages, in the order in which they were finished."""
         states = {path.stem: self.read(path) for path in self.path.glob("*.pt")}
         whole = {name: state for name, state in states.items() if state is not None}
-        return dict(sorted(whole.items(), key=lambda item: item[1]["finished"]))
+        return dict(sorted(whole.items(), key=lambda item: item[1].get("finished", 0)))
+
+    def read_metrics(self):
+        """The rows of metrics.csv, their values as text; a damaged file is put aside with a warning."""
+        path = self.path / "metrics.csv"
+        if not path.exists():
+            return []
+        try:
+            comment, body = path.read_bytes().split(b"\n", 1)
+            if b"sha256" in comment and not comment.endswith(hashlib.sha256(body).hexdigest().encode()):
+                raise ValueError("it is not what its sha256 says")
+            rows = list(csv.DictReader(io.StringIO(body.decode())))
+            if any(None in row or None in row.values() or not {"network", "seed"} <= row.keys() for row in rows):
+                raise ValueError("its rows are not as long as its head")
+        except (ValueError, csv.Error) as error:
+            set_aside(path, error)
+            return []
+        return rows
 
     def write_metrics(self, rows):
         """Rows (dicts) to metrics.csv, in the place of those there of the same network and seed."""
-        path, comment = self.path / "metrics.csv", f"# {METRICS_COMMENT}\n"
         new = {(row["network"], str(row["seed"])) for row in rows}
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-            old = [row for row in csv.DictReader(lines) if (row["network"], row["seed"]) not in new]
-            rows = old + rows
+        rows = [row for row in self.read_metrics() if (row["network"], row["seed"]) not in new] + rows
         text = io.StringIO()
         columns = list(dict.fromkeys(key for row in rows for key in row))
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_whole(path, lambda file: file.write((comment + text.getvalue()).encode()))
+        body = text.getvalue().encode()
+        comment = f"# {METRICS_COMMENT} sha256 of the lines below: {hashlib.sha256(body).hexdigest()}\n"
+        write_whole(self.path / "metrics.csv", lambda file: file.write(comment.encode() + body))
 
 
 METRICS_COMMENT = ("loss of MeanFlow (p = 1) is about 1 by construction: watch raw_error, the squared error before it "
-                   "is weighted. A column is empty where a network does not have it.")  # fmt: skip
+                   "is weighted. clipped is the share of steps since the row before whose gradient was longer than the "
+                   "plan's clip. A column is empty where a network does not have it.")  # fmt: skip
 
 
 class Keep:
@@ -1037,6 +1249,7 @@ class Keep:
 
     def __init__(self, run, name):
         self.run, self.path, self.pause = run, run.path / f"{name}.unfinished", self.EVERY
+        self.older = run.path / f"{name}.unfinished.older"
         self.saved = self.start = time.monotonic()
 
     def seconds(self):
@@ -1045,8 +1258,11 @@ class Keep:
 
     def restore(self, parts):
         """Bring the parts to where they were saved last. -> steps done, rows; (0, []) if nothing was."""
-        state = self.run.read(self.path) if self.path.exists() else None
-        if state is None:
+        for path in (self.path, self.older):
+            state = self.run.read(path) if path.exists() else None
+            if state is not None:
+                break
+        else:
             return 0, []
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -1054,17 +1270,25 @@ class Keep:
         return state["steps"], state["rows"]
 
     def save(self, parts, steps, rows):
-        """Save the parts after `steps` steps, if the last save was long ago."""
-        if time.monotonic() - self.saved < self.pause:
+        """Save the parts after `steps` steps, if the last save was long ago, or Ctrl-C was pressed: then it stops."""
+        if not Patience.asked and time.monotonic() - self.saved < self.pause:
             return
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"steps": steps, "rows": rows, "seconds": self.seconds()}
         begun = time.monotonic()
-        write_whole(self.path, lambda file: torch.save(state, file))
+        if self.path.exists():
+            os.replace(self.path, self.older)  # stays until the new one is whole, and until the next after that
+        self.run.write(self.path, state)
         self.run.write_metrics(rows)
         self.saved = time.monotonic()
         # an XL/2's state is 11 GB: a save that takes longer than a twentieth of the pause makes the next pause longer
         self.pause = self.EVERY * max(1.0, 20 * (self.saved - begun) / 60)
+        Patience.look()
+
+    def discard(self):
+        """Remove what was saved: the stage is finished."""
+        for path in (self.path, self.older):
+            path.unlink(missing_ok=True)
 
 
 def save_png(path, image):
@@ -1091,7 +1315,8 @@ def save_grid(path, images, columns, zoom=4):
 def main(argv=None):
     """Encode a tree of images as the command line says; bad input ends with one sentence and exit code 2."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("data.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--encode", action="store_true", required=True, help="write the latents of --data-dir to --cache, or go on")
     add("--data-dir", type=Path, required=True, metavar="DIR", help="a folder with one folder of images for each class")
@@ -1105,13 +1330,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     from models import SD_VAE_SCALE
 
-    try:
+    with sentences(parser):
         folder = ImageFolder(args.data_dir, size=args.size)
         vae, vae_sha256 = load_vae(args.vae)
         encode_folder(folder, vae.to(args.device), args.cache, vae_sha256=vae_sha256, scale=SD_VAE_SCALE,
                       batch=args.batch, shard_images=args.shard_images, strict=args.strict)  # fmt: skip
-    except (BadInput, OSError) as error:  # OSError: a folder that nobody may look into
-        parser.exit(2, f"data.py: {error}\n")
 
 
 if __name__ == "__main__":

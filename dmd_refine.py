@@ -32,8 +32,10 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 
@@ -46,13 +48,15 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
-from data import PUBLISHED, BadInput, positive_number, progress, rng, to_uint8, whole_number, write_json, write_whole
+from data import (PUBLISHED, BadInput, alone, positive_number, progress, rng, sentences, to_uint8, whole_number,
+                  write_json, write_whole)  # fmt: skip
 from evaluate import NAMES, evaluate_run
 from meanflow_td import PLANS as STAGE_1
 from meanflow_td import (LOOK_EVERY, TEACHERS, WRAPPERS, ImageRun, add_run_arguments, add_training_arguments, autocast,
-                         backward_in_parts, check_finite, check_training, draw_times, flow_matching_loss, generate,
-                         in_parts, labelled, learning_rate, meanflow_loss, missing_parts, new_network, open_run, pick,
-                         plan_name, sample, sentences, student_config, student_objective, teacher_kind)
+                         backward_in_parts, check_finite, check_training, count_clipped, draw_times,
+                         flow_matching_loss, generate, in_parts, labelled, learning_rate, meanflow_loss, missing_parts,
+                         new_network, open_run, pick, plan_name, sample, share_clipped, student_config,
+                         student_objective, teacher_kind)
 from models import (DiT, add_noise, autocast_off, dit_by_name, dit_from_weights, expand_times, frozen_copy, normal_like,
                     read_weights, update_ema, x0_from_velocity)  # fmt: skip
 
@@ -187,8 +191,8 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     fake_updates: of the fake branch for each of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2,
     since these networks learn fast). Learning rates are peaks of Adam's. seed, stream, name, clip, ema_decay, amp,
     accumulate, keep: as in `meanflow_td.train`; the discriminator's gradient in parts is that of a batch but for its
-    spectral norms, which each pass brings a step further; look(step, ema, fake). Raises FloatingPointError when a loss
-    is not finite.
+    spectral norms, which each pass brings a step further; look(step, ema, fake). Raises data.Diverged when a loss, a
+    gradient or a sample is not finite.
     """
     device = next(student.parameters()).device
     # PRIOR: no momentum between players that chase each other (Brock et al., arXiv 1809.11096). OURS: 0.99
@@ -227,13 +231,14 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
                     x_gen[part] = student_samples(student, eps[part], pick(y, part), student_steps)
             # PRIOR: all t here, also those that the student is never asked about (DMD2's code)
             noise, t = normal_like(x_gen, generator), uniform(0, 1, batch, generator)
-            loss_fake, _, _ = update(1, lambda rows: (
+            loss_fake, _, gradient = update(1, lambda rows: (
                 fake_branch_loss(fake, x_gen[rows], pick(y, rows), noise[rows], t[rows]), {}))  # fmt: skip
+            gradients = {"gradient_fake": gradient}
         if discriminator is not None:
             # the last x_gen serves again: the student has not moved since, and new noise falls on it
             noise = normal_like(torch.cat([x_data, x_gen]), generator)
             t = uniform(T_MIN, T_MAX, 2 * batch, generator)
-            loss_d, terms, _ = update(2, lambda rows: discriminator_loss(
+            loss_d, terms, gradients["gradient_d"] = update(2, lambda rows: discriminator_loss(
                 discriminator, teacher, x_data[rows], x_gen[rows], pick(y, rows), both_halves(noise, rows),
                 both_halves(t, rows), taps=taps))  # fmt: skip
         eps, noise = normal_like(x_data, generator), normal_like(x_data, generator)
@@ -249,17 +254,21 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
                 part = {} if accumulate == 1 else {"rows": rows}
                 loss_td, td_terms = student_objective(student, x_data, y, eps, generator, teacher=teacher, **part)
                 loss, terms = loss + lambda_td * loss_td, terms | td_terms
-            return loss, terms | {"gen_mean": x_gen.mean(), "gen_std": x_gen.std()}
+            told = {"t": t[rows], "error": x_gen.detach().flatten(1).norm(dim=1)}  # r is 0: a sample is the whole way
+            return loss, terms | {"gen_mean": x_gen.mean(), "gen_std": x_gen.std(), "rows": told}
 
         loss, generator_terms, gradient = update(0, loss_of)
         update_ema(ema, student, step, ema_decay)
         # --- bookkeeping ---
         losses = {"loss": loss, "loss_fake": loss_fake} | ({} if discriminator is None else {"loss_d": loss_d})
-        check_finite(f"{name}, seed {seed}, step {step}", **losses, gradient=gradient)
+        told = generator_terms.pop("rows")
+        check_finite(f"{name}, seed {seed}, step {step}", told, generator_terms.get("du_dt"), sample=told["error"],
+                     **losses, gradient=gradient, **gradients)  # fmt: skip
+        count_clipped(optimizers[0], gradient, clip)
         last = step == steps - 1
         if step % log_every == 0 or last:
             terms = {**losses, **terms, **generator_terms, "gradient": gradient}
-            values = {k: v.item() for k, v in terms.items()}
+            values = {k: v.item() for k, v in terms.items()} | share_clipped(optimizers[0], clip, step, rows)
             seconds = round(time.perf_counter() - start, 4)
             rows.append({"network": name, "seed": seed, "step": step, **values, "seconds_per_step": seconds})
             bar.set_postfix(grad_dmd=f"{values['grad_dmd']:.3g}", refresh=False)
@@ -276,7 +285,7 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
 
 # The settings of one variant, under its name a section of the run folder's config.json. OURS: all of them.
 PLANS = {
-    "default": dict(steps=1000, batch=64, lr=5e-4, lr_fake=5e-4, lr_discriminator=1e-3, fake_updates=2, taps=(1, 3),
+    "default": dict(steps=500, batch=64, lr=1e-3, lr_fake=1e-3, lr_discriminator=5e-3, fake_updates=2, taps=(1, 3),
                     pooling="attention", init="td", lambda_adv=0.1, lambda_td=0.0, student_steps=1, clip=10.0),
     "quick": dict(steps=20, batch=32, lr=5e-4, lr_fake=5e-4, lr_discriminator=1e-3, fake_updates=2, taps=(0, 1),
                   pooling="attention", init="td", lambda_adv=0.1, lambda_td=0.0, student_steps=1, clip=10.0),
@@ -345,7 +354,7 @@ def dmd_panels(student, teacher, fake, eps, y, t=0.5):
     v_real, v_fake = teacher(x_t, t=times, y=y), fake(x_t, t=times, y=y)
     x0_real, x0_fake = x0_from_velocity(x_t, times, v_real), x0_from_velocity(x_t, times, v_fake)
     grad = dmd_gradient(x_gen, x_t, t=times, v_real=v_real, v_fake=v_fake)
-    return torch.cat([x_gen, x0_real, x0_fake, grad / grad.abs().max()])
+    return torch.cat([x_gen, x0_real, x0_fake, grad / grad.abs().max().clamp_min(1e-12)])
 
 
 @torch.no_grad()
@@ -407,11 +416,17 @@ def ablation_job(args, name, seed):
         refine_images(run, name, seed)
 
 
+def end_with_parent():
+    """For a worker: end when the process that started it does, or both it and the next run would go on with its job."""
+    parent = torch.multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def ablation(args, run):
     """All variants and seeds, `args.workers` at a time; then the table, ablation.png and ablation.json."""
     jobs = [(name, seed) for seed in range(args.seeds) for name in (*VARIANTS, "scratch")]
     context = torch.multiprocessing.get_context("spawn")  # a forked child would inherit half of torch's threads
-    with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(args.workers, mp_context=context, initializer=end_with_parent) as pool:
         waiting = {pool.submit(ablation_job, args, *job): job for job in jobs}
         try:
             for job in progress(as_completed(waiting), "ablation", total=len(jobs)):
@@ -419,7 +434,9 @@ def ablation(args, run):
                 try:
                     job.result()
                 except FloatingPointError as error:  # a variant that diverges is a result
-                    print(f"{error}. It is missing from the table.")
+                    print(f"{error} It is missing from the table.")
+        except BrokenProcessPool:
+            raise ChildProcessError("a worker of the ablation died (if memory was short: fewer --workers)") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -669,13 +686,13 @@ def main(arguments=None):
     parser.add_argument("--seeds", type=whole_number(1, 10), default=3, help="of --ablation (default: %(default)s)")
     parser.add_argument("--workers", type=whole_number(1, 64), default=os.cpu_count(),
                         help="of --ablation: jobs side by side (default: %(default)s, one for each core)")  # fmt: skip
-    parser.add_argument("--count", type=whole_number(100, 10**6), default=10_000,
+    parser.add_argument("--count", type=whole_number(100, 10**6), default=5000,
                         help="of --ablation: images in each row of the table (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(arguments)
     check_training(parser, args)
     if args.ablation and args.data == "imagenet":
         parser.error("--ablation judges with glyphs: of imagenet, train each variant with its own --name")
-    with sentences(parser):
+    with sentences(parser) as held:
         keys = ("pooling", "init", "lambda_adv", "lambda_td", "student_steps", "batch", "taps")
         given = {(args.name, key): getattr(args, key) for key in keys} | {(args.name, "steps"): args.refine_steps}
         plan = {args.name: PLANS[plan_name(args)]}
@@ -685,9 +702,11 @@ def main(arguments=None):
         run = open_run(args, given, plan, needs=needs)
         if args.ablation:
             run = ImageRun(args, {}, ablation_plan(run.plan["hd"], run.plan["td"]))
+            held.enter_context(alone(run.folder.path))
             run.load("td", two_times=True)  # or say that it is missing, before anything starts
             ablation(args, run)
             return
+        held.enter_context(alone(run.folder.path))
         refine_images(run, args.name, args.seed)
         after = (f"--data {args.data}" if args.data != "imagenet" else
                  f"--sample 50000 --checkpoint {run.folder.path / f'{args.name}-seed{args.seed}.pt'} --samples-out DIR")

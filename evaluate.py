@@ -32,7 +32,6 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
-import pickle
 import re
 import shutil
 import sys
@@ -49,9 +48,9 @@ from tqdm import tqdm
 
 import data
 import models
-from data import BadInput, whole_number
-from meanflow_td import (ImageRun, add_run_arguments, autocast, check_device, learning_rate, load_teacher, sample,
-                         sample_euler, sample_ode, saved_run, sentences)  # fmt: skip
+from data import BadInput, sentences, whole_number
+from meanflow_td import (ImageRun, add_run_arguments, autocast, check_device, check_finite, learning_rate, load_teacher,
+                         sample, sample_euler, sample_ode, saved_run)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # InceptionV3 (Szegedy et al., arXiv 1512.00567), in the variant that TensorFlow published on 2015-12-05 and that all
@@ -276,7 +275,7 @@ def load_inception(path=None):
     net = InceptionV3()
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch has no one type for "this file is something else"
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path} does not hold the weights of FID's InceptionV3 ({reason}).") from error
     return net.eval(), sha
@@ -414,21 +413,35 @@ def extract(net, source, folder, *, resize, batch=32, keep=(), device="cpu", tit
     A stopped run and an unbroken one give the same bits: batches begin at multiples of `batch` in both."""
     n, keep, state_file = len(source), np.asarray(keep, dtype=np.int64), folder / "state.pt"
     moments = nn.ModuleDict({"pool": Moments(POOL_DIM), "spatial": Moments(SPATIAL_DIM)})
-    state, mode = {"done": 0, "pixels": ""}, "w+"
-    if state_file.exists():
-        state, mode = torch.load(state_file, map_location="cpu", weights_only=True), "r+"
-        moments.load_state_dict(state["moments"])
-    moments.to(device)
+
+    def open_kept(mode):
+        return {name: np.lib.format.open_memmap(folder / f"{name}.npy", mode, np.float32, (len(keep), dim))
+                for name, dim in (("pool", POOL_DIM), ("logits_no_bias", CLASSES))}  # fmt: skip
+
+    def kept_sha256():  # of what was kept of the images that are done
+        filled = np.searchsorted(keep, state["done"])
+        return [hashlib.sha256(np.ascontiguousarray(rows[:filled]).data).hexdigest() for rows in kept.values()]
+
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", mode, np.float32, (len(keep), dim))
-        for name, dim in (("pool", POOL_DIM), ("logits_no_bias", CLASSES))
-    }
+    state = None
+    if state_file.exists():
+        try:
+            state, kept = data.read_checkpoint(state_file), open_kept("r+")
+            if state["kept"] != kept_sha256():
+                raise ValueError("the features beside it are not those that it speaks of")
+            moments.load_state_dict(state["moments"])
+        except Exception as error:  # torch and numpy have no one type for "this file is damaged"
+            data.set_aside(state_file, error)
+            state, moments = None, nn.ModuleDict({"pool": Moments(POOL_DIM), "spatial": Moments(SPATIAL_DIM)})
+    if state is None:
+        state, kept = {"done": 0, "pixels": ""}, open_kept("w+")
+    moments.to(device)
 
     def save():
         for rows in kept.values():
             rows.flush()  # before the state, which vouches for them
-        data.write_whole(state_file, lambda file: torch.save({**state, "moments": moments.state_dict()}, file))
+        state.update(moments=moments.state_dict(), kept=kept_sha256())
+        data.write_checkpoint(state_file, state)
 
     first, begun, saved = state["done"], time.monotonic(), time.monotonic()
     spans = [range(start, min(start + batch, n)) for start in range(first, n, batch)]
@@ -464,11 +477,13 @@ def cached_features(net, weights_sha, source, keep, title, args):
     key = json.dumps([source.identity(), len(source), len(keep), weights_sha, args.resize, args.batch])
     folder = args.out / "cache" / hashlib.sha256(key.encode()).hexdigest()[:16]
     options = {"resize": args.resize, "batch": args.batch, "device": args.device}
-    try:
-        return extract(net, source, folder, keep=keep, title=title, **options), folder
-    except BadInput:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    folder.mkdir(parents=True, exist_ok=True)
+    with data.alone(folder):
+        try:
+            return extract(net, source, folder, keep=keep, title=title, **options), folder
+        except BadInput:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -501,6 +516,9 @@ def open_reference(text, size, glyphs):
     path, run = Path(text), {"data": text}
     if (path / "config.json").is_file():
         run = data.read_json(path / "config.json")
+        if not isinstance(run, dict):
+            raise BadInput(f"{path / 'config.json'} is not the configuration of a run.")
+        run = run["data"] if isinstance(run.get("data"), dict) else run
         if run.get("data") != "glyphs" and not run.get("data_dir"):
             raise BadInput(f"{path / 'config.json'} names neither glyphs as its data nor a data_dir.")
         if run.get("image_size", size) != size:
@@ -524,6 +542,8 @@ def read_sidecar(images):
     if not path.exists():
         return dict.fromkeys(SAMPLE_FIELDS, f"unknown (images came without a {SIDECAR})")
     told = data.read_json(path)
+    if not isinstance(told, dict):
+        raise BadInput(f"{path} does not say how the images beside it were made.")
     return {field: told.get(field, f"unknown (not in {SIDECAR})") for field in SAMPLE_FIELDS}
 
 
@@ -540,7 +560,7 @@ def evaluate(args):
     """Compare args.images with args.reference, and add the row of metrics to OUT/results.json. -> the row."""
     results = args.out / "results.json"
     rows = data.read_json(results) if results.exists() else []
-    if not isinstance(rows, list):
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise BadInput(f"{results} is not a list of results.")
     source, sample = open_images(args.images), read_sidecar(args.images)
     reference = open_reference(args.reference, source.size, args.glyphs)
@@ -665,6 +685,7 @@ def train_classifier(size, steps=400, batch=128, peak=3e-3):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, warmup=50)
         images, labels = glyphs.batch(range(step * batch, (step + 1) * batch))
         loss = F.cross_entropy(net(data.to_float(images))[1], torch.from_numpy(labels))
+        check_finite(f"classifier, step {step}", loss=loss)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -811,7 +832,9 @@ class RunJudge:
     def sample(self, sampler, count, what):
         """sampler(eps, y) -> x_0 for the first `count` of the judge's noises, a batch at a time."""
         batches = zip(self.eps[:count].split(SAMPLE_BATCH), self.y[:count].to(self.run.device).split(SAMPLE_BATCH))
-        return torch.cat([sampler(*batch).cpu() for batch in data.progress(list(batches), what)]), self.y[:count]
+        x = torch.cat([sampler(*batch).cpu() for batch in data.progress(list(batches), what)])
+        check_finite(f"{what}, seed {self.run.seed}", sample=x)
+        return x, self.y[:count]
 
     def row(self, what, draw, count, *, seed=0, nfe=0, w=None):
         """Measure draw() -> images, labels."""
@@ -1155,7 +1178,8 @@ def flops_table(steps=250):
 def main(argv=None):
     """Read the command line and do what it says; bad input ends with one sentence and exit code 2."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("evaluate.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--images", type=Path, help="what to score: a folder of images of one size, or an npz (arr_0: uint8 NHWC)")
     add("--reference", help="compared with what: an ADM or pytorch-fid npz, a folder, `glyphs`, or a run, runs/NAME")
@@ -1166,7 +1190,7 @@ def main(argv=None):
     add("--batch", type=whole_number(1, 4096), default=32, help="images in one pass, 1 .. 4096 (%(default)s)")
     add("--allow-small", action="store_true", help="score fewer than 2,048 images, for a rough look")
     add("--flops", action="store_true", help="print what one ImageNet image costs teacher and student, in GMACs")
-    add("--count", type=whole_number(100, 10**6), help="of --data: images in each row (10000; with --quick 500)")
+    add("--count", type=whole_number(100, 10**6), help="of --data: images in each row (5000; with --quick 500)")
     add_run_arguments(parser)
     parser.set_defaults(data=None, device=devices[0], accumulate=1, checkpointing=False)
     add = parser.add_argument_group("samples").add_argument
@@ -1194,14 +1218,16 @@ def main(argv=None):
     if args.data == "imagenet":
         parser.error("of ImageNet, write images by --sample, then score them by --images and --reference")
     if args.data:
-        with sentences(parser):
-            evaluate_run(ImageRun(args, {}, needs=["teacher", "td"]), args.count or (500 if args.quick else 10_000))
+        with sentences(parser) as held:
+            run = ImageRun(args, {}, needs=["teacher", "td"])
+            held.enter_context(data.alone(run.folder.path))
+            evaluate_run(run, args.count or (500 if args.quick else 5000))
         return
     args.out = Path(args.out or "runs/evaluate")
     if not args.flops and not (args.images and (args.reference or args.save_npz)):
         parser.error("give --data, or --sample, or --images with --reference or --save-npz, or --flops")
     torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would move features beyond 1e-4
-    try:
+    with sentences(parser):
         if args.flops:
             for name, value in flops_table().items():
                 print(f"{value:12,.2f}  {name}")
@@ -1209,8 +1235,6 @@ def main(argv=None):
             data.write_npz(args.save_npz, open_images(args.images))
         if args.reference:
             report(evaluate(args))
-    except BadInput as error:
-        parser.exit(2, f"evaluate.py: {error}\n")
 
 
 if __name__ == "__main__":

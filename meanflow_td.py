@@ -33,16 +33,15 @@ import argparse
 import math
 import sys
 import time
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from data import (PUBLISHED, BadInput, EncodedFolder, Glyphs, ImageFolder, LatentCache, RunFolder, decode_latents,
-                  fetch, load_vae, positive_number, progress, rng, save_grid, sha256_file, to_uint8, weights_path,
-                  whole_number)  # fmt: skip
+from data import (PUBLISHED, BadInput, Diverged, EncodedFolder, Glyphs, ImageFolder, LatentCache, RunFolder, alone,
+                  decode_latents, fetch, load_vae, positive_number, progress, rng, save_grid, sentences, sha256_file,
+                  to_uint8, weights_path, whole_number)  # fmt: skip
 from models import (SD_VAE_SCALE, DiT, DiTTeacher, SiTTeacher, Teacher, add_noise, autocast_off, dit_by_name,
                     dit_from_weights, expand_times, frozen_copy, load_weights, read_weights, student_from_teacher,
                     update_ema)  # fmt: skip
@@ -203,11 +202,43 @@ def learning_rate(step, steps, peak, warmup=100):
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def check_finite(where, **terms):
-    """Raise FloatingPointError, naming the place and the term, if one of these scalar tensors is NaN or infinite."""
+def check_finite(where, rows=None, du_dt=None, **terms):
+    """Raise data.Diverged, naming the place and the term, if one of these tensors holds NaN or infinity.
+
+    rows, du_dt: for its report. {name: (B,)}, what is known of each row of the batch, with "error", by which the worst
+    five are told; and the mean norm of du/dt.
+    """
     for name, value in terms.items():
-        if not torch.isfinite(value):
-            raise FloatingPointError(f"{where}: {name} is {value.item()}. A lower learning rate may help.")
+        if not value.isfinite().all():
+            break
+    else:
+        return
+
+    def told(value):  # JSON has no NaN
+        number = float(value)
+        return number if math.isfinite(number) else str(number)
+
+    values = {key: told(value.detach().float().mean()) for key, value in terms.items()}
+    report = {"where": where, "term": name, "values": values}
+    if du_dt is not None:
+        report["du_dt"] = told(du_dt)
+    if rows is not None:
+        size = rows["error"].detach().float().abs()
+        worst = torch.where(size.isnan(), math.inf, size).argsort(descending=True)[:5].tolist()
+        report["worst rows"] = [{"row": i} | {key: told(column[i]) for key, column in rows.items()} for i in worst]
+    raise Diverged(f"{where}: {name} is {values[name]}. A lower learning rate may help.", report)
+
+
+def count_clipped(optimizer, gradient, clip):
+    """Note whether a gradient of this norm was longer than clip. Kept in the optimizer, whose state a Keep saves."""
+    group = optimizer.param_groups[0]
+    group["clipped"] = group.get("clipped", 0) + bool(gradient > clip)
+
+
+def share_clipped(optimizer, clip, step, rows):
+    """{"clipped": share of the steps since the last of `rows` that `count_clipped` noted}; {} if nothing is clipped."""
+    count = optimizer.param_groups[0].pop("clipped")
+    return {} if clip == math.inf else {"clipped": count / (step - (rows[-1]["step"] if rows else -1))}
 
 
 def autocast(device, amp):
@@ -250,7 +281,11 @@ def backward_in_parts(batch, accumulate, loss_of, context):
     if accumulate == 1:
         return loss, terms[0]
     # a part may have no row of the kind that a term is the mean of: then it is NaN there
-    return loss, {name: torch.stack([told[name].detach() for told in terms]).nanmean() for name in terms[0]}
+    means = {name: torch.stack([told[name].detach() for told in terms]).nanmean() for name in terms[0] if name != "rows"}
+    if "rows" in terms[0]:  # back in the batch's order
+        order = torch.cat([torch.arange(batch)[rows] for rows, _ in in_parts(batch, accumulate)]).argsort()
+        means["rows"] = {key: torch.cat([told["rows"][key].cpu() for told in terms])[order] for key in terms[0]["rows"]}
+    return loss, means
 
 
 def teacher_objective(net, x_0, y, eps, generator, *, null_class=None, rows=slice(None)):
@@ -258,8 +293,8 @@ def teacher_objective(net, x_0, y, eps, generator, *, null_class=None, rows=slic
 
     null_class: the label that takes the place of one in ten, so that the network also knows the velocity of all classes
     together, which guidance needs (Ho & Salimans, arXiv 2207.12598). rows: of these alone the loss is, while random
-    numbers are drawn for all, so that they do not depend on the parts a batch is taken in.
-    Returns the loss and terms to log.
+    numbers are drawn for all, so that they do not depend on the parts a batch is taken in. Returns the loss and terms to
+    log; of these, "rows" are for each row of the batch, and not logged but reported if the loss is not finite.
     """
     # OURS: uniform times. The edges of a density are drawn at small t, which logit-normal times seldom see.
     t = torch.rand(len(x_0), generator=generator, device=x_0.device)
@@ -269,15 +304,15 @@ def teacher_objective(net, x_0, y, eps, generator, *, null_class=None, rows=slic
     x_0, y, eps, t = x_0[rows], pick(y, rows), eps[rows], t[rows]
     v = eps - x_0  # noisy: its mean given x_t is the velocity field, and so p = 0
     loss, err = flow_matching_loss(net, add_noise(x_0, eps, t), v, t=t, y=y)
-    return loss, {"raw_error": err.mean()}
+    return loss, {"raw_error": err.mean(), "rows": {"t": t, "error": err}}
 
 
 def student_objective(net, x_0, y, eps, generator, *, teacher=None, share_spans=0.75, rows=slice(None)):
     """Stage 1 for a batch of data and noise (B, ...), labels y (B,) or None: MeanFlow on the teacher's velocity.
 
     teacher(x_t, t=t) -> v (B, ...), frozen, called with y=y too if there are labels; guidance is its own affair. None:
-    MeanFlow from scratch, on eps - x_0 (PRIOR: arXiv 2505.13447). share_spans: of `draw_times`. rows: as above.
-    Returns the loss and terms to log.
+    MeanFlow from scratch, on eps - x_0 (PRIOR: arXiv 2505.13447). share_spans: of `draw_times`. rows, and what is
+    returned: as in `teacher_objective`.
     """
     terms = {}
     r, t = draw_times(len(x_0), generator, share_spans=share_spans)
@@ -289,7 +324,8 @@ def student_objective(net, x_0, y, eps, generator, *, teacher=None, share_spans=
         # deterministic with a teacher, one noisy draw of it without
         v = eps - x_0 if teacher is None else teacher(x_t, t=t, **labelled(y))
     loss, err = meanflow_loss(net, x_t, v, r=r, t=t, y=y, watch=terms)
-    return loss, {**terms, "raw_error": err.mean(), "v_error": err[r == t].mean()}
+    told = {"r": r, "t": t, "error": err}
+    return loss, {**terms, "raw_error": err.mean(), "v_error": err[r == t].mean(), "rows": told}
 
 
 def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=math.inf, ema_decay=0.999, amp="off",
@@ -301,8 +337,8 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=ma
     what the randomness of each step is made from; networks that are to be compared share them. name: what the bar and
     the rows call this network, with a row every `log_every` steps. clip: the gradient's greatest norm. ema_decay: of
     `update_ema`. amp: of `autocast`. accumulate: parts in which a batch is taken, one after the other, to save memory;
-    objective is then called with rows= too. keep: a data.Keep, and a killed training goes on.
-    look(step, ema): called now and then, to draw samples. Raises FloatingPointError when the loss is not finite.
+    objective is then called with rows= too. keep: a data.Keep, and a killed training goes on. look(step, ema): called
+    now and then, to draw samples. Raises data.Diverged when the loss or its gradient is not finite.
     """
     device = next(net.parameters()).device
     # OURS: 0.99, a memory of 100 steps; MeanFlow has 0.95. TD of the toy did not care (0.95, 0.99, 0.999, one seed)
@@ -333,11 +369,13 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=ma
         optimizer.step()
         update_ema(ema, net, step, ema_decay)
         # --- bookkeeping ---
-        check_finite(f"{name}, seed {seed}, step {step}", loss=loss, gradient=gradient)
+        check_finite(f"{name}, seed {seed}, step {step}", terms.pop("rows", None), terms.get("du_dt"),
+                     loss=loss, gradient=gradient)  # fmt: skip
+        count_clipped(optimizer, gradient, clip)
         last = step == steps - 1
         if step % log_every == 0 or last:
             terms = {"loss": loss, **terms, "gradient": gradient}
-            values = {name: value.item() for name, value in terms.items()}
+            values = {name: value.item() for name, value in terms.items()} | share_clipped(optimizer, clip, step, rows)
             seconds = round(time.perf_counter() - start, 4)
             rows.append({"network": name, "seed": seed, "step": step, **values, "seconds_per_step": seconds})
             bar.set_postfix(raw_error=f"{values['raw_error']:.3g}", refresh=False)
@@ -358,7 +396,7 @@ PLANS = {
     "default": {
         "network": dict(patch_size=4, hidden_size=96, depth=4, num_heads=4),
         "teacher": dict(steps=32_000, batch=64, lr=3e-3, clip=300.0),
-        "td": dict(steps=1500, batch=64, lr=1e-3, clip=50.0, w=1.0),
+        "td": dict(steps=1000, batch=64, lr=1e-3, clip=50.0, w=1.0),
     },
     "quick": {
         "network": dict(patch_size=4, hidden_size=32, depth=2, num_heads=2),
@@ -742,21 +780,6 @@ def check_device(parser, device):
         parser.error(f"--device {device} can't be used here ({str(error).splitlines()[0]}): try --device cpu")
 
 
-@contextmanager
-def sentences(parser):
-    """Inside, what a user can mend ends the script with one sentence in the place of a traceback."""
-    try:
-        yield
-    except BadInput as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except OSError as error:
-        parser.exit(2, f"{parser.prog}: {error}; what was trained is kept, and the same command goes on\n")
-    except FloatingPointError as error:
-        parser.exit(3, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: stopped; the same command goes on from where it last saved\n")
-
-
 def teacher_sample(net, eps, y, steps=25):
     """The teacher's samples for the grids: Heun with `steps` steps, twice as many calls."""
     return sample_ode(net, eps, y, steps=steps)
@@ -779,12 +802,13 @@ def main(arguments=None):
              ("td", "batch"): args.batch, ("td", "cfg_channels"): args.cfg_channels}  # fmt: skip
     if args.data != "imagenet":
         given |= {("teacher", "steps"): args.teacher_steps, ("teacher", "batch"): args.batch}
-    with sentences(parser):
+    with sentences(parser) as held:
         if args.dry_run:
             from dmd_refine import dry_run  # stage 2 knows both stages
 
             sys.exit(dry_run(args, given))
         run = open_run(args, given)
+        held.enter_context(alone(run.folder.path))
         if args.data != "imagenet":
             run.train("teacher", run.network("teacher"), partial(teacher_objective, null_class=run.classes),
                       section="teacher", sampler=teacher_sample)  # fmt: skip

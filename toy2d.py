@@ -37,10 +37,10 @@ import torch
 from PIL import Image
 
 from awd import AdaptiveWeightedDiscriminator
-from data import DENSITIES, RunFolder, progress, rng, whole_number, write_json, write_whole
+from data import DENSITIES, RunFolder, alone, progress, rng, sentences, whole_number, write_json, write_whole
 from dmd_refine import refine
-from meanflow_td import (check_device, flow_matching_loss, meanflow_target, new_network, sample, sample_euler,
-                         sample_ode, sentences, student_objective, teacher_objective, train)
+from meanflow_td import (check_device, check_finite, flow_matching_loss, meanflow_target, new_network, sample,
+                         sample_euler, sample_ode, student_objective, teacher_objective, train)
 from models import VelocityMLP, add_noise, count_parameters, expand_times, frozen_copy
 
 DEPTH = 3  # hidden layers of every network here
@@ -92,7 +92,9 @@ def sliced_w2(projections_x, projections_y):
 
 def in_blocks(sampler, eps):
     """sampler(eps), 4096 rows at a time: their activations fit a CPU's cache (3 times faster on one core, measured)."""
-    return torch.cat([sampler(block) for block in progress(eps.split(4096), "sampling")])
+    x = torch.cat([sampler(block) for block in progress(eps.split(4096), "sampling")])
+    check_finite("judging", sample=x)
+    return x
 
 
 class Judge:
@@ -532,8 +534,9 @@ def main(arguments=None):
     given = {f"{name}_steps": getattr(args, f"{name}_steps") for name in ("teacher", "td", "refine")}
     plan |= {key: steps for key, steps in given.items() if steps is not None}
     name = "-".join(["toy2d"] + [args.data] * (args.data != "checkerboard") + ["quick"] * args.quick)
-    with sentences(parser):
+    with sentences(parser) as held:
         run = RunFolder(args.out or f"runs/{name}", configuration(args.data, plan))
+        held.enter_context(alone(run.path))
         device = torch.device(args.device)
         for seed in range(args.seed, args.seed + args.seeds):
             judge = Judge(DENSITIES[args.data](), plan["samples"], device)

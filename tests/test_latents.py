@@ -437,7 +437,7 @@ def test_mutated_manifests_are_refused_or_read(made, tmp_path):
         with pytest.raises(data.BadInput, match="manifest.json"):
             data.LatentCache(cache)
     told = {**json.loads(whole), "format": "of the next century"}
-    path.write_text(json.dumps({**told, "sha256": data.manifest_sha256(told)}))
+    path.write_text(json.dumps({**told, "sha256": data.sha256_json(told)}))
     with pytest.raises(data.BadInput, match="has format 'of the next century'"):
         data.LatentCache(cache)
 

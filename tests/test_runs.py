@@ -278,8 +278,11 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, capsys, begun):
         said = refuse(capsys, "meanflow_td.py", "--quick", "--out", run, *arguments)
         assert sentence in said and str(run) in said and "name another with --out" in said
     assert snapshot(run) == before
-    (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) |
-                                                {"hd": dmd_refine.PLANS["quick"] | {"lambda_adv": 0.3}}))
+    config = json.loads((run / "config.json").read_text()) | {"hd": dmd_refine.PLANS["quick"] | {"lambda_adv": 0.3}}
+    (run / "config.json").write_text(json.dumps(config))
+    assert "config.json is damaged or was edited" in refuse(capsys, "dmd_refine.py", "--quick", "--out", run)
+    del config["sha256"]  # who edits it on purpose takes this out
+    (run / "config.json").write_text(json.dumps(config))
     said = refuse(capsys, "dmd_refine.py", "--quick", "--out", run, "--lambda-adv", "0.2")
     assert "(of hd: lambda_adv = 0.3 there and 0.2 now)" in said
 
@@ -359,7 +362,7 @@ def test_the_chain(tmp_path, capsys):
         with Image.open(out / "samples" / f"{name}.png") as picture:
             assert picture.size == (640, 256 if "dmd" in name else 640) and len(picture.getcolors(256)) > 20, name
     config = json.loads((out / "config.json").read_text())
-    assert list(config) == ["network", "teacher", "td", "data", "hd", "two"]
+    assert list(config) == ["network", "teacher", "td", "data", "hd", "two", "sha256"]
     assert config["two"]["student_steps"] == 2 and config["hd"]["student_steps"] == 1
     steps = {row["network"]: int(row["step"]) for row in metrics(out)}
     assert steps == {"teacher": 59, "td": 29, "hd-seed0": 19, "two-seed12": 2}

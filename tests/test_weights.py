@@ -416,7 +416,7 @@ class Recorder(nn.Module):
 
 def check_clocks(m):
     (x, t, r), y, net = point(), torch.tensor([1, 3]), Recorder()
-    for kind, clock in (("Teacher", lambda t: t), ("SiTTeacher", lambda t: 1 - t)):
+    for kind, clock in (("Teacher", lambda t: models.CLOCK * t), ("SiTTeacher", lambda t: 1 - t)):
         getattr(m, kind)(net)(x, t=t, r=r, y=y)
         assert torch.equal(net.times[0], clock(t)) and torch.equal(net.times[1], clock(r))
     m.DiTTeacher(net)(x, t=T_STEPS[[999, 500]], r=T_STEPS[[3, 0]], y=y)
@@ -427,7 +427,8 @@ def check_signs(m):
     """The wrapped average velocity, written out once more from the raw answer of a filled two-time net."""
     (x, t, r), y = point(), torch.tensor([1, 3])
     net = fill(m.DiT(**SIGMA_NET, two_times=True)).double()
-    assert torch.equal(m.Teacher(net)(x, t=t, r=r, y=y), net(x, t=t, r=r, y=y)[:, :4])
+    ours = net(x, t=models.CLOCK * t, r=models.CLOCK * r, y=y)[:, :4]
+    assert torch.equal(m.Teacher(net)(x, t=t, r=r, y=y), ours)
     assert torch.equal(m.SiTTeacher(net)(x, t=t, r=r, y=y), -net(x, t=1 - t, r=1 - r, y=y)[:, :4])
     k, n = torch.tensor([700, 300]), torch.tensor([200, 0])
     alpha, sigma = (torch.from_numpy(a ** 0.5)[k].reshape(-1, 1, 1, 1) for a in (ALPHA_BAR, 1 - ALPHA_BAR))
