@@ -147,8 +147,8 @@ def test_25_kills_change_nothing(fork, tmp_path):
         assert len(optimisers) >= 8 and not list(folders["killed"][0].glob("*.partial"))
     make_tree(tmp_path / "train")
     torch.save(tiny_vae().state_dict(), tmp_path / "vae.pt")
-    encode = ["--encode", "--data-dir", tmp_path / "train", "--vae", tmp_path / "vae.pt", "--size", "64", "--batch", "2",
-              "--shard-images", "1", "--cache"]  # fmt: skip
+    encode = ["--encode", "--data-dir", tmp_path / "train", "--vae", tmp_path / "vae.pt", "--size", "64",
+              "--batch", "2", "--shard-images", "1", "--cache"]  # fmt: skip
     total = left_alone(fork, "data", [*encode, tmp_path / "whole"], tmp_path)
     kills += kill(fork, dice, 3, total, "data", [*encode, tmp_path / "killed"], tmp_path)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
