@@ -13,7 +13,7 @@ the generator's device, and the names of its `classes`. Randomness is a function
 history: the same step of the same run draws the same numbers, whatever ran before it. What a user hands over and nobody
 can use raises BadInput.
 
-    python data.py --encode --data-dir imagenet/train --cache imagenet-latents --vae vae.pt --device cuda
+    python data.py --encode --data-dir imagenet/train --cache imagenet-latents --vae ema --device cuda
 
 writes what LatentCache reads; cut off at any moment, the same command goes on.
 """
@@ -24,6 +24,7 @@ import argparse
 import csv
 import functools
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -173,6 +174,55 @@ def sentences(parser):
 def progress(items, label, **options):
     """A tqdm bar over `items`, gone when done; a plain line now and then where nobody looks at a terminal."""
     return tqdm(items, desc=label, leave=False, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published weights: fetched on first use into one folder, torch.hub's cache (moved by the variable TORCH_HOME)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Published(NamedTuple):
+    """A file that its authors offer for download. sha256: its first digits, where they are known; "" checks nothing."""
+
+    file: str  # its name in the cache
+    url: str
+    sha256: str = ""
+
+    @property
+    def path(self):
+        """Where it is, or will be."""
+        return Path(torch.hub.get_dir(), "checkpoints", self.file)
+
+
+_HUGGING_FACE = "https://huggingface.co/{}/resolve/main/{}"
+PUBLISHED = {  # the names that --teacher and --vae take, beside paths. Of these files no hash is published.
+    "SiT-XL/2": Published("SiT-XL-2-256.pt", _HUGGING_FACE.format("nyu-visionx/SiT-collections", "SiT-XL-2-256.pt")),
+    "DiT-XL/2": Published("DiT-XL-2-256x256.pt", "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt"),
+} | {
+    name: Published(f"sd-vae-ft-{name}.safetensors",
+                    _HUGGING_FACE.format(f"stabilityai/sd-vae-ft-{name}", "diffusion_pytorch_model.safetensors"))
+    for name in ("ema", "mse")
+}  # fmt: skip
+
+
+def weights_path(name):
+    """The file behind a name of PUBLISHED, or behind a path."""
+    return PUBLISHED[name].path if name in PUBLISHED else Path(name)
+
+
+def fetch(published, flag):
+    """Path of a published file, downloaded if it is not there yet. flag: what else names it on the command line.
+
+    Raises BadInput: one sentence with the URL and the place where the file goes."""
+    path = published.path
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(published.url, str(path), hash_prefix=published.sha256 or None)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            raise BadInput(f"{published.file} could not be fetched ({error}): download {published.url} elsewhere and "
+                           f"put it at {path}, or name it by {flag}.") from error  # fmt: skip
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -699,21 +749,22 @@ CACHE_FORMAT = "moments of both flips, 1"
 CROP_RULE = "ADM: halvings by a box, then bicubic, centre"
 
 
-def load_vae(path):
-    """-> AutoencoderKL, frozen, of the sizes that the state dict in a file has; and the file's sha256.
+def load_vae(name):
+    """-> AutoencoderKL, frozen, of the sizes that its weights have; and the sha256 of their file.
 
-    Raises BadInput if the file holds anything else."""
-    from models import AutoencoderKL
+    name: ema, mse (fetched on first use), or a path. Raises BadInput if the file holds anything else."""
+    from models import AutoencoderKL, load_weights, read_weights
 
+    path = fetch(PUBLISHED[name], "--vae") if name in PUBLISHED else Path(name)
     sha256 = sha256_file(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_weights(path)
         resnets = [key.split(".") for key in state if key.startswith("encoder.down_blocks.") and "norm1.weight" in key]
         stages, layers = (1 + max(int(key[place]) for key in resnets) for place in (2, 4))
         convs = [state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"] for i in range(stages)]
         vae = AutoencoderKL([conv.shape[0] for conv in convs], layers, len(state["quant_conv.weight"]) // 2)
-        vae.load_state_dict(state)
-    except Exception as error:  # torch has no one type for "this file is something else"
+        load_weights(vae, state, path)
+    except Exception as error:  # names and shapes of another network can break any of these lines
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path} does not hold the weights of an AutoencoderKL ({reason}).") from error
     return vae.eval().requires_grad_(False), sha256
@@ -724,6 +775,12 @@ def encode_moments(vae, x, batch=32):
     """Images x (B, 3, H, W) in [-1, 1] -> mean and logvar of their latents (B, 2, C, h, w), on the VAE's device."""
     device = next(vae.parameters()).device
     return torch.cat([torch.stack(vae.encode(part.to(device)), 1) for part in x.split(batch)])
+
+
+@torch.no_grad()
+def decode_latents(vae, x, scale, batch=16):
+    """Latents x (B, C, h, w), `scale` times the VAE's -> images (B, 3, H, W), about [-1, 1] and not clamped."""
+    return torch.cat([vae.decode(part / scale) for part in x.split(batch)])
 
 
 def draw_latents(moments, scale, generator):
@@ -880,12 +937,14 @@ class LatentCache:
     """The latents of a tree of images, memory-mapped from what `python data.py --encode` wrote.
 
     len: images that could be read; labels (len,) int64; names of the `classes`; `size` px of the images; `shape`
-    (C, h, w) of a latent. Opening checks the sizes of all shards; running --encode once more checks every byte.
+    (C, h, w) of a latent; `vae_sha256`. Opening checks the sizes of all shards; running --encode once more checks every
+    byte.
     Raises BadInput that names the file: no manifest, not finished, a shard that is missing, cut off or foreign."""
 
     def __init__(self, path):
         self.path, told = Path(path), read_manifest(path)
         self.shape, self.size, self.scale = tuple(told["latent"]), told["size"], told["scale"]
+        self.vae_sha256 = told["vae sha256"]
         self._each, count = told["shard images"], math.ceil(told["images"] / told["shard images"])
         if len(told["shards"]) < count:
             raise BadInput(f"{path} has {len(told['shards'])} of {count} shards: run the same --encode again.")
@@ -923,6 +982,8 @@ class EncodedFolder:
     def __init__(self, folder, vae, *, vae_sha256, scale):
         self.folder, self.vae, self.vae_sha256, self.scale = folder, vae, vae_sha256, scale
         self.classes = folder.classes
+        side = folder.size // 2 ** (len(vae.encoder.down_blocks) - 1)
+        self.shape = (vae.quant_conv.out_channels // 2, side, side)
 
     def __len__(self):
         return len(self.folder)
@@ -1190,10 +1251,10 @@ class Keep:
     of the step, so there is no more to save than the parts, the number of steps done, and the rows of metrics.
     """
 
-    EVERY = 60  # seconds between two saves: what a kill costs at most
+    EVERY = 60  # seconds between two saves, at least: what a kill costs
 
     def __init__(self, run, name):
-        self.run, self.path = run, run.path / f"{name}.unfinished"
+        self.run, self.path, self.pause = run, run.path / f"{name}.unfinished", self.EVERY
         self.older = run.path / f"{name}.unfinished.older"
         self.saved = self.start = time.monotonic()
 
@@ -1216,21 +1277,30 @@ class Keep:
 
     def save(self, parts, steps, rows):
         """Save the parts after `steps` steps, if the last save was long ago, or Ctrl-C was pressed: then it stops."""
-        if not Patience.asked and time.monotonic() - self.saved < self.EVERY:
+        if not Patience.asked and time.monotonic() - self.saved < self.pause:
             return
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"steps": steps, "rows": rows, "seconds": self.seconds()}
+        begun = time.monotonic()
         if self.path.exists():
             os.replace(self.path, self.older)  # stays until the new one is whole, and until the next after that
         self.run.write(self.path, state)
         self.run.write_metrics(rows)
         self.saved = time.monotonic()
+        # an XL/2's state is 11 GB: a save that takes longer than a twentieth of the pause makes the next pause longer
+        self.pause = self.EVERY * max(1.0, 20 * (self.saved - begun) / 60)
         Patience.look()
 
     def discard(self):
         """Remove what was saved: the stage is finished."""
         for path in (self.path, self.older):
             path.unlink(missing_ok=True)
+
+
+def save_png(path, image):
+    """Write one uint8 image (H, W, C)."""
+    picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
+    write_whole(path, lambda file: picture.save(file, "png"))
 
 
 def save_grid(path, images, columns, zoom=4):
@@ -1242,7 +1312,7 @@ def save_grid(path, images, columns, zoom=4):
     sheet = sheet.reshape(rows, columns, H, W, C).transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, C)
     sheet = sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: Image.fromarray(sheet.squeeze(2) if C == 1 else sheet).save(file, "png"))
+    save_png(path, sheet)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1257,7 +1327,7 @@ def main(argv=None):
     add("--encode", action="store_true", required=True, help="write the latents of --data-dir to --cache, or go on")
     add("--data-dir", type=Path, required=True, metavar="DIR", help="a folder with one folder of images for each class")
     add("--cache", type=Path, required=True, help="folder for the latents; ImageNet's take 42 GB")
-    add("--vae", type=Path, required=True, metavar="FILE", help="state dict of Stable Diffusion's AutoencoderKL")
+    add("--vae", default="ema", metavar="ema|mse|PATH", help="weights of Stable Diffusion's VAE (%(default)s)")
     add("--size", type=whole_number(8, 4096), default=256, help="px that images are cropped to (%(default)s)")
     add("--batch", type=whole_number(1, 4096), default=32, help="images encoded at once, 1 .. 4096 (%(default)s)")
     add("--device", choices=devices, default=devices[0], help="what runs the VAE (%(default)s)")

@@ -31,6 +31,7 @@ import argparse
 import math
 import os
 import re
+import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -44,15 +45,20 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
-from data import alone, positive_number, progress, rng, sentences, to_uint8, whole_number, write_json, write_whole
+from data import (PUBLISHED, BadInput, alone, positive_number, progress, rng, sentences, to_uint8, whole_number,
+                  write_json, write_whole)  # fmt: skip
 from evaluate import NAMES, evaluate_run
 from meanflow_td import PLANS as STAGE_1
-from meanflow_td import (LOOK_EVERY, ImageRun, add_run_arguments, check_device, check_finite, count_clipped,
-                         draw_times, flow_matching_loss, generate, labelled, learning_rate, meanflow_loss,
-                         new_network, sample, share_clipped, student_objective)
-from models import add_noise, expand_times, frozen_copy, update_ema, x0_from_velocity
+from meanflow_td import (LOOK_EVERY, TEACHERS, WRAPPERS, ImageRun, add_run_arguments, add_training_arguments, autocast,
+                         backward_in_parts, check_finite, check_training, count_clipped, draw_times,
+                         flow_matching_loss, generate, in_parts, labelled, learning_rate, meanflow_loss, missing_parts,
+                         new_network, open_run, pick, plan_name, sample, share_clipped, student_config,
+                         student_objective, teacher_kind)
+from models import (DiT, add_noise, autocast_off, dit_by_name, dit_from_weights, expand_times, frozen_copy, normal_like,
+                    read_weights, update_ema, x0_from_velocity)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses
@@ -119,7 +125,8 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, noise, t, *, lambda_a
     terms = {"grad_dmd": grad.flatten(1).norm(dim=1).mean()}
     if discriminator is not None:
         with fixed(discriminator):
-            loss = loss + lambda_adv * generator_hinge(discriminator(features))
+            with autocast_off(x_gen):  # small, and bf16 would spoil the power iterations of its spectral norms
+                loss = loss + lambda_adv * generator_hinge(discriminator(features))
     return loss, terms
 
 
@@ -139,8 +146,9 @@ def discriminator_loss(discriminator, teacher, x_data, x_gen, y, noise, t, *, ta
     x_t = add_noise(torch.cat([x_data, x_gen.detach()]), noise, t)
     with torch.no_grad():
         _, features = teacher(x_t, t=t, taps=taps, **labelled(None if y is None else torch.cat([y, y])))
-    logit_data, logit_gen = discriminator(features).chunk(2)
-    loss = discriminator_hinge(logit_data, logit_gen)
+    with autocast_off(x_t):
+        logit_data, logit_gen = discriminator(features).chunk(2)
+        loss = discriminator_hinge(logit_data, logit_gen)
     accuracy = 0.5 * ((logit_data > 0).float().mean() + (logit_gen < 0).float().mean())
     terms = {"logit_data": logit_data.mean(), "logit_gen": logit_gen.mean(), "accuracy": accuracy}
     return loss, terms
@@ -156,9 +164,9 @@ def uniform(low, high, n, generator):
     return low + (high - low) * torch.rand(n, generator=generator, device=generator.device)
 
 
-def normal_like(x, generator):
-    """Unit Gaussian noise of x's shape, on x's device."""
-    return torch.randn(x.shape, generator=generator, device=x.device)
+def both_halves(x, rows):
+    """Rows of the first half of x (2B, ...) and the same of the second, in this order."""
+    return torch.cat([half[rows] for half in x.chunk(2)])
 
 
 def student_samples(student, eps, y, steps):
@@ -172,7 +180,8 @@ def student_samples(student, eps, y, steps):
 
 def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, seed, stream, name, taps=(),
            lambda_adv=0.1, lambda_td=0.0, student_steps=1, lr=3e-3, lr_fake=2e-3, lr_discriminator=1e-3,
-           fake_updates=2, clip=math.inf, keep=None, look=None, log_every=100):  # fmt: skip
+           fake_updates=2, clip=math.inf, ema_decay=0.999, amp="off", accumulate=1, keep=None, look=None,
+           log_every=100):  # fmt: skip
     """Train the student in place by L_G, with its helpers; return its average network (EMA) and rows for metrics.csv.
 
     student: two times, from stage 1 (or without it, for the control). teacher: frozen, see `generator_loss`. fake: a
@@ -180,8 +189,10 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     discriminator: an awd.AdaptiveWeightedDiscriminator for the layers `taps` of the teacher, or None; trained in place.
     lambda_td: weight of stage 1's loss, kept on. student_steps: 1, or 2 for a student that can do both.
     fake_updates: of the fake branch for each of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2,
-    since these networks learn fast). Learning rates are peaks of Adam's. seed, stream, name, clip, keep: as in
-    `meanflow_td.train`; look(step, ema, fake). Raises data.Diverged when a loss, a gradient or a sample is not finite.
+    since these networks learn fast). Learning rates are peaks of Adam's. seed, stream, name, clip, ema_decay, amp,
+    accumulate, keep: as in `meanflow_td.train`; the discriminator's gradient in parts is that of a batch but for its
+    spectral norms, which each pass brings a step further; look(step, ema, fake). Raises data.Diverged when a loss, a
+    gradient or a sample is not finite.
     """
     device = next(student.parameters()).device
     # PRIOR: no momentum between players that chase each other (Brock et al., arXiv 1809.11096). OURS: 0.99
@@ -194,13 +205,13 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     if keep is not None:
         first, rows = keep.restore(parts)
 
-    def update(player, loss):
-        """One step of one player; returns the norm of its gradient."""
+    def update(player, loss_of):
+        """One step of one player by loss_of(rows) -> loss, terms; returns both, and the norm of its gradient."""
         optimizers[player].zero_grad()
-        loss.backward()
+        loss, terms = backward_in_parts(batch, accumulate, loss_of, partial(autocast, device, amp))
         gradient = nn.utils.clip_grad_norm_(players[player][0].parameters(), clip)
         optimizers[player].step()
-        return gradient
+        return loss, terms, gradient
 
     bar = progress(range(first, steps), name, initial=first, total=steps)
     for step in bar:
@@ -213,39 +224,50 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
         x_data, y = draw(batch, generator)  # (B, ...), (B,)
         terms = {}
         for _ in range(fake_updates):
-            with torch.no_grad():
-                x_gen = student_samples(student, normal_like(x_data, generator), y, student_steps)
+            eps = normal_like(x_data, generator)
+            x_gen = torch.empty_like(eps)
+            with torch.no_grad(), autocast(device, amp):
+                for part, _ in in_parts(batch, accumulate):
+                    x_gen[part] = student_samples(student, eps[part], pick(y, part), student_steps)
             # PRIOR: all t here, also those that the student is never asked about (DMD2's code)
             noise, t = normal_like(x_gen, generator), uniform(0, 1, batch, generator)
-            loss_fake = fake_branch_loss(fake, x_gen, y, noise, t)
-            gradients = {"gradient_fake": update(1, loss_fake)}
+            loss_fake, _, gradient = update(1, lambda rows: (
+                fake_branch_loss(fake, x_gen[rows], pick(y, rows), noise[rows], t[rows]), {}))  # fmt: skip
+            gradients = {"gradient_fake": gradient}
         if discriminator is not None:
             # the last x_gen serves again: the student has not moved since, and new noise falls on it
             noise = normal_like(torch.cat([x_data, x_gen]), generator)
             t = uniform(T_MIN, T_MAX, 2 * batch, generator)
-            loss_d, terms = discriminator_loss(discriminator, teacher, x_data, x_gen, y, noise, t, taps=taps)
-            gradients["gradient_d"] = update(2, loss_d)
+            loss_d, terms, gradients["gradient_d"] = update(2, lambda rows: discriminator_loss(
+                discriminator, teacher, x_data[rows], x_gen[rows], pick(y, rows), both_halves(noise, rows),
+                both_halves(t, rows), taps=taps))  # fmt: skip
         eps, noise = normal_like(x_data, generator), normal_like(x_data, generator)
         t = uniform(T_MIN, T_MAX, batch, generator)
-        x_gen = student_samples(student, eps, y, student_steps)
-        loss, generator_terms = generator_loss(
-            teacher, fake, discriminator, x_gen, y, noise, t, lambda_adv=lambda_adv, taps=taps)  # fmt: skip
-        if lambda_td:
-            loss_td, td_terms = student_objective(student, x_data, y, eps, generator, teacher=teacher)
-            loss, generator_terms = loss + lambda_td * loss_td, generator_terms | td_terms
-        gradient = update(0, loss)
-        update_ema(ema, student, step)
+        drawn = generator.get_state()
+
+        def loss_of(rows):
+            x_gen = student_samples(student, eps[rows], pick(y, rows), student_steps)
+            loss, terms = generator_loss(teacher, fake, discriminator, x_gen, pick(y, rows), noise[rows], t[rows],
+                                         lambda_adv=lambda_adv, taps=taps)  # fmt: skip
+            if lambda_td:
+                generator.set_state(drawn)  # the same random numbers for all parts
+                part = {} if accumulate == 1 else {"rows": rows}
+                loss_td, td_terms = student_objective(student, x_data, y, eps, generator, teacher=teacher, **part)
+                loss, terms = loss + lambda_td * loss_td, terms | td_terms
+            told = {"t": t[rows], "error": x_gen.detach().flatten(1).norm(dim=1)}  # r is 0: a sample is the whole way
+            return loss, terms | {"gen_mean": x_gen.mean(), "gen_std": x_gen.std(), "rows": told}
+
+        loss, generator_terms, gradient = update(0, loss_of)
+        update_ema(ema, student, step, ema_decay)
         # --- bookkeeping ---
         losses = {"loss": loss, "loss_fake": loss_fake} | ({} if discriminator is None else {"loss_d": loss_d})
-        told = {"t": t, "error": x_gen.detach().flatten(1).norm(dim=1)}  # r is 0: a sample is the whole way
-        generator_terms.pop("rows", None)
-        check_finite(f"{name}, seed {seed}, step {step}", told, generator_terms.get("du_dt"), sample=x_gen, **losses,
-                     gradient=gradient, **gradients)  # fmt: skip
+        told = generator_terms.pop("rows")
+        check_finite(f"{name}, seed {seed}, step {step}", told, generator_terms.get("du_dt"), sample=told["error"],
+                     **losses, gradient=gradient, **gradients)  # fmt: skip
         count_clipped(optimizers[0], gradient, clip)
         last = step == steps - 1
         if step % log_every == 0 or last:
-            terms = {**losses, **terms, **generator_terms, "gen_mean": x_gen.mean(), "gen_std": x_gen.std(),
-                     "gradient": gradient}  # fmt: skip
+            terms = {**losses, **terms, **generator_terms, "gradient": gradient}
             values = {k: v.item() for k, v in terms.items()} | share_clipped(optimizers[0], clip, step, rows)
             seconds = round(time.perf_counter() - start, 4)
             rows.append({"network": name, "seed": seed, "step": step, **values, "seconds_per_step": seconds})
@@ -270,11 +292,27 @@ PLANS = {
 }  # fmt: skip
 
 
+PLANS |= {
+    # PRIOR: lr, lr_fake, fake_updates and clip are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official code), and
+    # close to its batch of 280. OURS: steps, lr_discriminator, lambda_adv, ema_decay, and the taps: four blocks, evenly
+    # spread over the 28 of an XL/2. The paper tells none of them. Of the B/4, which is far from its end after stage 1,
+    # lr is five times as high: OURS.
+    "imagenet256-xl2": dict(steps=50_000, batch=256, lr=2e-6, lr_fake=2e-6, lr_discriminator=1e-4, fake_updates=5,
+                            taps=(6, 13, 20, 27), pooling="attention", init="td", lambda_adv=0.1, lambda_td=0.0,
+                            student_steps=1, clip=10.0, ema_decay=0.999),
+}  # fmt: skip
+PLANS["imagenet256-b4"] = PLANS["imagenet256-xl2"] | dict(lr=1e-5)
+PLANS["imagenet-quick"] = PLANS["imagenet256-xl2"] | dict(steps=3, batch=4, taps=(0, 1), fake_updates=2)
+
+
 def refine_images(run, name, seed):
     """Stage 2 on images, by the section `name` of the run's plan: its stage <name>-seed<seed>, found or trained."""
     plan = dict(run.plan[name])
     init, pooling = plan.pop("init"), plan.pop("pooling")
     stage, teacher = f"{name}-seed{seed}", run.load_teacher()
+    if max(plan["taps"]) >= len(teacher.net.blocks):
+        raise BadInput(f"blocks {plan['taps']} are to be tapped, and the teacher has {len(teacher.net.blocks)}, "
+                       "counted from 0: name others by --taps")  # fmt: skip
 
     def compute(keep):
         student = run.student(teacher)  # --init teacher: answers as the teacher does, which no one-step sample is
@@ -283,20 +321,24 @@ def refine_images(run, name, seed):
         fake = type(teacher)(frozen_copy(teacher.net)).requires_grad_(True)  # PAPER: starts as the teacher; unguided
         discriminator = None
         if pooling != "none":
-            dims = [run.plan["network"]["hidden_size"]] * len(plan["taps"])
+            dims = [teacher.net.config["hidden_size"]] * len(plan["taps"])
             build = partial(AdaptiveWeightedDiscriminator, dims, pooling)
             discriminator = new_network(seed, "discriminator", build).to(run.device)
+
+        for part in (student, teacher, fake):
+            part.net.checkpointing = run.checkpointing
 
         def look(step, ema, fake):
             run.save_samples(f"{stage}-{step:06d}", sample(ema, run.grid_eps, run.grid_y))
             run.save_samples(f"{stage}-dmd-{step:06d}", dmd_panels(ema, teacher, fake, run.grid_eps, run.grid_y))
 
         ema, rows = refine(student.requires_grad_(True), teacher, fake, run.source.draw, discriminator=discriminator,
-                           **plan, seed=seed, stream="refine", name=stage, keep=keep, look=look)  # fmt: skip
+                           **plan, **run.how, seed=seed, stream="refine", name=stage, keep=keep,
+                           look=look)  # fmt: skip
         run.folder.write_metrics(rows)
         if pooling == "attention":
-            weights = attention_weights(ema, teacher, discriminator, run.grid_eps, run.grid_y, taps=plan["taps"])
-            plot_attention(run.folder.path / f"attention-{stage}.png", *weights, taps=plan["taps"])
+            x_gen, weights = attention_weights(ema, teacher, discriminator, run.grid_eps, run.grid_y, taps=plan["taps"])
+            plot_attention(run.folder.path / f"attention-{stage}.png", run.decode(x_gen), weights, taps=plan["taps"])
         return {"net": ema.state_dict(), "rows": rows}
 
     return run.folder.stage(stage, compute)
@@ -322,7 +364,7 @@ def attention_weights(student, teacher, discriminator, eps, y, *, taps, t=0.3):
     x_gen, times = generate(student, eps, y), eps.new_full((len(eps),), t)
     _, features = teacher(add_noise(x_gen, eps.flip(0), times), t=times, y=y, taps=taps)
     weights = [head.weights(head.norm_tokens(f)) for head, f in zip(discriminator.heads, features)]
-    return x_gen.cpu(), [a.unflatten(1, (math.isqrt(a.shape[1]), -1)).cpu() for a in weights]
+    return x_gen, [a.unflatten(1, (math.isqrt(a.shape[1]), -1)).cpu() for a in weights]
 
 
 def plot_attention(path, x_gen, weights, *, taps):
@@ -366,7 +408,7 @@ def ablation_plan(plan, td):
 def ablation_job(args, name, seed):
     """Train one variant with one seed, on one thread: the same bits however many jobs run side by side."""
     torch.set_num_threads(1)
-    run = ImageRun(args, {})
+    run = ImageRun(args, {})  # --ablation is for glyphs
     if name == "scratch":
         net = run.network("scratch", two_times=True, seed=seed)
         run.train(f"{name}-seed{seed}", net, student_objective, section=name, sampler=sample, seed=seed)
@@ -493,6 +535,128 @@ def plot_ablation(path, rows, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What a run on ImageNet takes, without any of it: fake tensors are meta tensors, of a shape and a type but no memory,
+# that take part in autocast and in the choice of kernels as those of a device do.
+# ---------------------------------------------------------------------------------------------------------------------
+
+IMAGENET_IMAGES = 1_281_167
+
+
+def saved_bytes(call, *nets):
+    """Bytes that a pass with a graph keeps for its backward pass, besides the parameters of `nets`.
+
+    Counted: every storage that autograd saves, once, whatever tensors share it. Not counted: what a pass needs only on
+    its way, and what the allocator of a device wastes.
+    """
+    parameters = {p.untyped_storage()._cdata for net in nets for p in net.parameters()}
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = call()  # holds the graph, so that no storage's place is taken by another's
+    del result
+    return sum(size for storage, size in storages.items() if storage not in parameters)
+
+
+def numbers(*nets):
+    """Entries of state dicts: parameters and fixed tables, as files of weights hold them."""
+    return sum(tensor.numel() for net in nets for tensor in net.state_dict().values())
+
+
+def memory(stage_1, stage_2, teacher, student, *, batch, amp, checkpointing):
+    """Bytes by part for each stage, {stage: {part: bytes}}, and the numbers of each network, {name: count}.
+
+    stage_1, stage_2: plans. teacher, student: wrapped nets of fake tensors, to be called under their FakeTensorMode.
+    batch: rows taken at once in stage 1 and in stage 2. The discriminator is counted whatever the plan's pooling.
+    """
+    fake = type(teacher)(DiT(**teacher.net.config))
+    taps = tuple(stage_2["taps"])
+    discriminator = AdaptiveWeightedDiscriminator([teacher.net.config["hidden_size"]] * len(taps))
+    teacher.requires_grad_(False)
+    teacher.w, teacher.cfg_channels = stage_1["w"], stage_1["cfg_channels"]
+    known, nets = teacher.net.config, (teacher, student, fake, discriminator)
+    for wrapper in nets[:3]:
+        wrapper.net.checkpointing = checkpointing
+
+    def kept(rows, call):
+        """Saved bytes of call(x, t, y), with one block's own ones where those are made again in the backward pass."""
+        x = torch.randn(rows, known["in_channels"], known["input_size"], known["input_size"])
+        t, y = torch.rand(rows), torch.zeros(rows, dtype=torch.int64)
+        with autocast(torch.device("cpu"), amp):
+            size = saved_bytes(lambda: call(x, t, y), *nets)
+            if checkpointing:
+                net, tokens = student.net, (known["input_size"] // student.net.patch_size) ** 2
+                width = net.config["hidden_size"]
+                x, c = torch.randn(rows, tokens, width, requires_grad=True), torch.randn(rows, width)
+                size += saved_bytes(lambda: net.blocks[0](x, c), *nets)
+        return size
+
+    def generator_pass(eps, t, y):
+        x_gen = generate(student, eps, y)
+        return generator_loss(teacher, fake, discriminator, x_gen, y, eps, t, lambda_adv=1.0, taps=taps)
+
+    rows_1, rows_2 = batch
+    trained = {"TD": [student], "refinement": [student, fake, discriminator]}
+    activations = {
+        "TD": kept(rows_1, lambda x, t, y: student(x, t=t, r=t, y=y).square().sum()),
+        "refinement": max(kept(rows_2, generator_pass),
+                          kept(rows_2, lambda x, t, y: fake(x, t=t, y=y).square().sum())),
+    }  # fmt: skip
+    stages = {}
+    for stage, players in trained.items():
+        trainable = 4 * sum(p.numel() for net in players for p in net.parameters())  # fp32
+        stages[stage] = {"weights": 4 * numbers(teacher, *players), "EMA": 4 * numbers(student),
+                         "optimiser": 2 * trainable, "gradients": trainable,
+                         "activations": activations[stage]}  # fmt: skip
+    counts = {"teacher": numbers(teacher), "student": numbers(student), "fake branch": numbers(fake),
+              "discriminator": numbers(discriminator)}  # fmt: skip
+    return stages, counts
+
+
+def dry_run(args, given):
+    """--dry-run of both scripts: print what both stages take and what this machine lacks. -> exit code, 0 or 2."""
+    name = plan_name(args)
+    plans = {"td": dict(STAGE_1[name]["td"]), "refine": dict(PLANS[name])}
+    for (section, key), value in given.items():
+        if value is not None and section != "data":
+            plans["td" if section == "td" else "refine"][key] = value
+    missing = missing_parts(args)
+    if args.teacher in PUBLISHED:
+        build = partial(dit_by_name, args.teacher)
+    else:
+        build = partial(dit_from_weights, read_weights(args.teacher)) if os.path.exists(args.teacher) else None
+    if build is not None:
+        with FakeTensorMode():
+            teacher = TEACHERS[teacher_kind(args.teacher)](build())
+            config = student_config(teacher, STAGE_1[name]["network"])
+            student = WRAPPERS[config.pop("wrapper")](DiT(**config, two_times=True))
+            rows = [-(-plan["batch"] // args.accumulate) for plan in plans.values()]
+            stages, counts = memory(plans["td"], plans["refine"], teacher, student, batch=rows, amp=args.amp,
+                                    checkpointing=args.checkpointing)  # fmt: skip
+        print(f"{name}, teacher {args.teacher}, amp {args.amp}, checkpointing "
+              f"{'on' if args.checkpointing else 'off'}; rows at once: TD {rows[0]}, refinement {rows[1]}")  # fmt: skip
+        for what, count in counts.items():
+            print(f"{count:>15,}  numbers in the {what}")
+        print(f"{'GB':>24}" + "".join(f"{stage:>12}" for stage in stages))
+        for part in stages["TD"]:
+            print(f"{part:>24}" + "".join(f"{sizes[part] / 1e9:12.2f}" for sizes in stages.values()))
+        print(f"{'sum':>24}" + "".join(f"{sum(sizes.values()) / 1e9:12.2f}" for sizes in stages.values()))
+        side, channels = teacher.net.config["input_size"], teacher.net.config["in_channels"]
+        cache = IMAGENET_IMAGES * 2 * 2 * channels * side * side * 2
+        print(f"The latents of {IMAGENET_IMAGES:,} images take {cache / 1e9:.1f} GB of disk: python data.py --encode "
+              f"--data-dir {args.data_dir or 'DIR'} --cache {args.cache or 'CACHE'} --vae {args.vae}")  # fmt: skip
+        print("Not in the sum: the VAE (0.3 GB of weights), what passes need only on their way, and what CUDA keeps.")
+    for what, published in missing:
+        print(f"missing: {what}.")
+        if published:
+            print(f"    curl -L --create-dirs -o {published.path} {published.url}")
+    return 2 if missing else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 def variant_name(text):
@@ -506,6 +670,7 @@ def variant_name(text):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
+    add_training_arguments(parser)
     parser.add_argument("--name", type=variant_name, default="hd", help="name of this variant (default: %(default)s)")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of this stage (default: %(default)s)")
     parser.add_argument("--refine-steps", type=whole_number(1), help="updates of the student")
@@ -514,6 +679,8 @@ def main(arguments=None):
     parser.add_argument("--init", choices=("td", "teacher"), help="teacher: without stage 1 (default: td)")
     parser.add_argument("--lambda-adv", type=positive_number, help="weight of the adversarial term")
     parser.add_argument("--lambda-td", type=positive_number, help="weight of stage 1's loss, kept on (default: off)")
+    parser.add_argument("--taps", type=whole_number(0, 99), nargs="+", metavar="BLOCK",
+                        help="blocks of the teacher, from 0, that the discriminator reads")  # fmt: skip
     parser.add_argument("--student-steps", type=int, choices=(1, 2), help="2: a student for 1 and 2 calls (default: 1)")
     parser.add_argument("--ablation", action="store_true", help="all variants and seeds, from one teacher and one TD")
     parser.add_argument("--seeds", type=whole_number(1, 10), default=3, help="of --ablation (default: %(default)s)")
@@ -522,11 +689,17 @@ def main(arguments=None):
     parser.add_argument("--count", type=whole_number(100, 10**6), default=5000,
                         help="of --ablation: images in each row of the table (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(arguments)
-    check_device(parser, args.device)
+    check_training(parser, args)
+    if args.ablation and args.data == "imagenet":
+        parser.error("--ablation judges with glyphs: of imagenet, train each variant with its own --name")
     with sentences(parser) as held:
-        keys = ("pooling", "init", "lambda_adv", "lambda_td", "student_steps")
+        keys = ("pooling", "init", "lambda_adv", "lambda_td", "student_steps", "batch", "taps")
         given = {(args.name, key): getattr(args, key) for key in keys} | {(args.name, "steps"): args.refine_steps}
-        run = ImageRun(args, given, {args.name: PLANS["quick" if args.quick else "default"]}, needs=["teacher"])
+        plan = {args.name: PLANS[plan_name(args)]}
+        if args.dry_run:
+            sys.exit(dry_run(args, given))
+        needs = ["teacher"] if args.data != "imagenet" else ["td"] * (args.init != "teacher")
+        run = open_run(args, given, plan, needs=needs)
         if args.ablation:
             run = ImageRun(args, {}, ablation_plan(run.plan["hd"], run.plan["td"]))
             held.enter_context(alone(run.folder.path))
@@ -535,8 +708,10 @@ def main(arguments=None):
             return
         held.enter_context(alone(run.folder.path))
         refine_images(run, args.name, args.seed)
+        after = (f"--data {args.data}" if args.data != "imagenet" else
+                 f"--sample 50000 --checkpoint {run.folder.path / f'{args.name}-seed{args.seed}.pt'} --samples-out DIR")
         print(f"In {run.folder.path}: {args.name}-seed{args.seed}.pt, metrics.csv, and grids in samples/. "
-              f"Next: python evaluate.py --data {args.data}")  # fmt: skip
+              f"Next: python evaluate.py {after}")  # fmt: skip
 
 
 if __name__ == "__main__":

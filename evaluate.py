@@ -17,6 +17,7 @@ have to be blown up to 299, GlyphJudge asks the same of a small classifier that 
     python evaluate.py --reference runs/student --images samples.npz --allow-small       # what that run learned from
     python evaluate.py --images samples/ --save-npz samples.npz                          # for ADM's own evaluator
     python evaluate.py --flops                                                           # what one image costs
+    python evaluate.py --sample 50000 --checkpoint runs/imagenet256-xl2/hd-seed0.pt --samples-out samples    # images
 
 Run the same command again to go on where a stopped evaluation was. Results are added to OUT/results.json.
 One core of an AMD EPYC: 14.7 images/s, an hour for 50,000; 1.1 GB of memory. No GPU was at hand to time.
@@ -28,7 +29,6 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 import hashlib
-import http.client
 import itertools
 import json
 from pathlib import Path
@@ -49,8 +49,8 @@ from tqdm import tqdm
 import data
 import models
 from data import BadInput, sentences, whole_number
-from meanflow_td import (ImageRun, add_run_arguments, check_device, check_finite, learning_rate, sample, sample_euler,
-                         sample_ode)
+from meanflow_td import (ImageRun, add_run_arguments, autocast, check_device, check_finite, learning_rate, load_teacher,
+                         sample, sample_euler, sample_ode, saved_run)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # InceptionV3 (Szegedy et al., arXiv 1512.00567), in the variant that TensorFlow published on 2015-12-05 and that all
@@ -62,6 +62,7 @@ INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
 INCEPTION_SHA = "6726825d"  # the first digits of the file's sha256, which its name ends in
+INCEPTION = data.Published(INCEPTION_URL.rsplit("/", 1)[1], INCEPTION_URL, INCEPTION_SHA)
 POOL_DIM, SPATIAL_DIM, CLASSES = 2048, 2023, 1008
 
 
@@ -266,18 +267,7 @@ def load_inception(path=None):
 
     A file whose name ends in the digits of a hash must have that hash. Other names are taken as they are (a test's
     own weights, say), and `fingerprint` then notes that their numbers compare with nobody's."""
-    if path is None:
-        path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.rsplit("/", 1)[1])
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA)
-            except (OSError, RuntimeError, http.client.HTTPException) as error:
-                raise BadInput(
-                    f"Inception's weights could not be fetched ({error}): "
-                    f"download {INCEPTION_URL} elsewhere and put it at {path}, or name it by --inception-weights."
-                ) from error
-    path = Path(path)
+    path = data.fetch(INCEPTION, "--inception-weights") if path is None else Path(path)
     sha = data.sha256_file(path)
     claimed = re.search(r"-([0-9a-f]{8,64})\.", path.name)
     if claimed and not sha.startswith(claimed[1]):
@@ -960,6 +950,195 @@ def plot_spectrum(path, spectra):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Samples, of a student's checkpoint or of a teacher, as PNG files. Label and noise of image i are functions of
+# (seed, i), also the noise that samplers add on their way; so a stopped run goes on, and any image can be made again.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# PRIOR: the 250 steps of DiT's DDPM and of SiT's SDE, behind their published FIDs. Heun has two calls a step.
+SAMPLER_STEPS = {"student": 1, "ddpm": 250, "sde": 250, "heun": 125}
+
+
+class Painter(NamedTuple):
+    """Networks that make images, and what a painting needs to know of them."""
+
+    student: object  # either can be None
+    teacher: object
+    decode: object  # what is diffused (B, ...) -> images (B, C, H, W) in about [-1, 1]
+    shape: tuple  # (C, h, w) of what is diffused
+    classes: int
+    told: dict  # for the fingerprint
+
+
+def class_list(text):
+    """A type for argparse: random, balanced, or a tuple of class numbers."""
+    if text in ("random", "balanced"):
+        return text
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not random, balanced, or numbers of classes as in 207,360,387")
+    return tuple(map(int, text.split(",")))
+
+
+def label_of(i, wanted, classes, seed):
+    """The label of image i: by lot, in turn through all classes, or in turn through those that are wanted."""
+    if wanted == "random":
+        return torch.randint(classes, (1,), generator=data.rng(seed, "label", i)).item()
+    return i % classes if wanted == "balanced" else wanted[i % len(wanted)]
+
+
+def open_painter(args):
+    """The networks that --checkpoint (or --out) and --sampler ask for. Raises BadInput."""
+    wants_teacher, path = args.sampler != "student" or args.speed_up, args.checkpoint
+    if path is None and args.out:
+        path = next((p for p in (Path(args.out, f"{stage}.pt") for stage in ("hd-seed0", "td")) if p.exists()), None)
+        if path is None:
+            raise BadInput(f"{args.out} holds neither hd-seed0.pt nor td.pt: train first, or name a --checkpoint")
+    if path is None and args.sampler == "student":
+        raise BadInput("samples of a student need its --checkpoint, a file RUN/<stage>.pt, or its run by --out")
+    student = teacher = run = None
+    told = {"vae": None, "vae_scale": None, "checkpoint": None, "teacher": None}
+    if path is not None:
+        if not Path(path).exists():
+            raise BadInput(f"{path} is not there: name a finished stage, RUN/td.pt or RUN/hd-seed0.pt")
+        run = saved_run(Path(path).parent, args.device)
+        settings = run.plan["data"]
+        if args.sampler == "student":
+            student, told["checkpoint"] = run.load(Path(path).stem, two_times=True), data.sha256_file(path)
+        if wants_teacher and settings["data"] != "imagenet":
+            teacher = run.load("teacher")
+    if wants_teacher and teacher is None:
+        teacher, sha256 = load_teacher(args.teacher)
+        teacher.to(args.device)
+        told["teacher"] = None if args.sampler == "student" else sha256
+    if run is None or settings["data"] == "imagenet":
+        vae, told["vae"] = data.load_vae(args.vae)
+        told["vae_scale"] = models.SD_VAE_SCALE
+        if run is not None and told["vae"] != settings["vae sha256"]:
+            raise BadInput(f"{path} was trained with another VAE (sha256 {settings['vae sha256'][:8]}...) than --vae "
+                           f"{args.vae} ({told['vae'][:8]}...)")  # fmt: skip
+        decode = partial(data.decode_latents, vae.to(args.device), scale=models.SD_VAE_SCALE)
+    else:
+        decode = run.decode
+    if teacher is not None:
+        teacher.w = args.w or (run.plan["td"]["w"] if run else 1.5)
+        teacher.cfg_channels = args.cfg_channels
+    if run is None:
+        config = teacher.net.config
+        shape, classes = (config["in_channels"], config["input_size"], config["input_size"]), config["num_classes"]
+    else:
+        shape, classes = run.shape, run.classes
+    return Painter(student, teacher, decode, shape, classes, told)
+
+
+def paint(painter, sampler, steps, indices, args):
+    """Images `indices` by one of SAMPLER_STEPS. -> x (B, C, H, W) in about [-1, 1], seconds to sample, to decode."""
+    y = torch.tensor([label_of(i, args.classes, painter.classes, args.seed) for i in indices], device=args.device)
+    eps = torch.stack([torch.randn(painter.shape, generator=data.rng(args.seed, "sample", i)) for i in indices])
+    on_the_way = [data.rng(args.seed, "sampler", i) for i in indices]
+    eps, device = eps.to(args.device), torch.device(args.device)
+    clock = [seconds_now(device)]
+    with autocast(device, args.amp):
+        if sampler == "student":
+            x_0 = sample(painter.student, eps, y, steps)
+        elif sampler == "heun":
+            x_0 = sample_ode(painter.teacher, eps, y, steps)
+        elif sampler == "sde":
+            x_0 = models.sample_sde(painter.teacher, eps, y, steps, generator=on_the_way)
+        else:
+            x_0 = painter.teacher.sample_ddpm(eps, y, steps, generator=on_the_way)
+    clock.append(seconds_now(device))
+    images = painter.decode(x_0)
+    clock.append(seconds_now(device))
+    return images, clock[1] - clock[0], clock[2] - clock[1]
+
+
+def seconds_now(device):
+    """The time, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def begin_samples(out, count, told):
+    """The folder OUT/images for samples that are as `told` says, and beside it the fingerprint. BadInput if OUT holds
+    others."""
+    folder = out / "images"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"can't make {folder} ({error.strerror}): name another folder by --samples-out") from error
+    told = json.loads(json.dumps(told))
+    if (out / SIDECAR).exists():
+        was = data.read_json(out / SIDECAR)
+        differ = [f"{key} = {was.get(key)!r} there and {told[key]!r} now" for key in told if was.get(key) != told[key]]
+        if differ:
+            raise BadInput(f"{out} holds other samples ({', '.join(differ)}): name another folder by --samples-out")
+    elif any(folder.iterdir()):
+        raise BadInput(f"{folder} holds files and no {SIDECAR} is beside it: name another folder by --samples-out")
+    if (there := sum(path.suffix == ".png" for path in folder.iterdir())) > count:
+        raise BadInput(f"{folder} holds {there} images, more than {count}: name another folder, or ask for more")
+    data.write_json(out / SIDECAR, told)
+    return folder
+
+
+def sample_images(args):
+    """--sample: images 0 .. N - 1 to SAMPLES_OUT/images, or those that are missing; grid.png; fingerprint.json."""
+    painter, steps = open_painter(args), args.steps or SAMPLER_STEPS[args.sampler]
+    if args.sampler == "ddpm" and not isinstance(painter.teacher, models.DiTTeacher):
+        raise BadInput("--sampler ddpm is a DiT's own: of a SiT take sde or heun")
+    if steps < 2 and args.sampler in ("ddpm", "sde"):
+        raise BadInput(f"--sampler {args.sampler} takes at least 2 --steps")
+    if isinstance(args.classes, tuple) and max(args.classes) >= painter.classes:
+        raise BadInput(f"--classes names {max(args.classes)}, but the classes are 0 .. {painter.classes - 1}")
+    guided = args.sampler != "student"
+    told = painter.told | {
+        "labels": args.classes, "uint8": data.UINT8_RULE, "precision": "bf16" if args.amp == "bf16" else "float32",
+        "sampler": args.sampler, "steps": steps, "nfe": steps * (2 if args.sampler == "heun" else 1), "seed": args.seed,
+        "guidance": [painter.teacher.w, painter.teacher.cfg_channels] if guided else "baked in", "batch": args.batch,
+    }  # fmt: skip
+    out = args.samples_out
+    folder = begin_samples(out, args.sample, told)
+    paths = [folder / f"{i:06d}.png" for i in range(args.sample)]
+    batches = [range(args.sample)[start : start + args.batch] for start in range(0, args.sample, args.batch)]
+    # whole batches, so that a row has the same neighbours and the same rounding, whenever it is made
+    batches = [batch for batch in batches if not all(paths[i].exists() for i in batch)]
+    times = []
+    with ThreadPoolExecutor(4) as pool:
+        for batch in data.progress(batches, "samples"):
+            images, *seconds = paint(painter, args.sampler, steps, batch, args)
+            times.append([1000 * part / len(batch) for part in seconds])
+            list(pool.map(data.save_png, [paths[i] for i in batch], data.to_uint8(images)))
+    if times:
+        sampling, decoding = np.mean(times[len(times) > 1 :], axis=0)  # the first batch warms up
+        print(f"{sampling + decoding:.2f} ms per image, {sampling:.2f} of them by {args.sampler} in {steps} steps, the "
+              f"rest to decode; batches of {args.batch}, {args.device}.")  # fmt: skip
+    else:
+        print("All images were there already.")
+    source = data.ImageFolder(folder)
+    images = source.images(range(min(100, len(source))))
+    data.save_grid(out / "grid.png", images, columns=10, zoom=4 if source.size < 64 else 1)
+    if args.save_npz:
+        data.write_npz(args.save_npz, source)
+    if args.speed_up:
+        print(speed_up(painter, steps, args))
+    print(f"In {out}: images/ with {len(source):,} of {args.sample:,}, grid.png, {SIDECAR}. "
+          f"Next: python evaluate.py --images {folder} --reference ...")  # fmt: skip
+
+
+def speed_up(painter, steps, args):
+    """One sentence: milliseconds per image of student and teacher, decoder included, on one batch in this process."""
+    kinds = {models.DiTTeacher: "ddpm", models.SiTTeacher: "sde"}
+    batch, ms = range(args.batch), {}
+    for sampler, many in (("student", steps), (kinds.get(type(painter.teacher), "heun"), None)):
+        many = many or SAMPLER_STEPS[sampler]
+        paint(painter, sampler, min(many, 2), batch, args)  # warms up
+        _, *seconds = paint(painter, sampler, many, batch, args)
+        ms[f"{sampler}, {many} steps"] = 1000 * sum(seconds) / len(batch)
+    (student, fast), (teacher, slow) = ms.items()
+    return (f"{student}: {fast:.2f} ms per image; the teacher by {teacher}, w = {painter.teacher.w}: {slow:.2f} ms; "
+            f"{slow / fast:.1f} times as long. Decoder included, batches of {args.batch}, {args.device}.")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What one image costs
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1013,9 +1192,31 @@ def main(argv=None):
     add("--flops", action="store_true", help="print what one ImageNet image costs teacher and student, in GMACs")
     add("--count", type=whole_number(100, 10**6), help="of --data: images in each row (5000; with --quick 500)")
     add_run_arguments(parser)
-    parser.set_defaults(data=None, device=devices[0])
+    parser.set_defaults(data=None, device=devices[0], accumulate=1, checkpointing=False)
+    add = parser.add_argument_group("samples").add_argument
+    add("--sample", type=whole_number(1, 10**7), metavar="N", help="write N images of a student, or of a --teacher")
+    add("--checkpoint", type=Path, metavar="FILE", help="the student: a finished stage, RUN/td.pt, or give --out RUN")
+    add("--samples-out", type=Path, metavar="DIR", help="where samples go: DIR/images/000000.png, ...")
+    add("--sampler", choices=tuple(SAMPLER_STEPS), default="student", help="all others: the teacher's (%(default)s)")
+    add("--steps", type=whole_number(1, 1000), help="of the sampler (student 1, ddpm and sde 250, heun 125)")
+    add("--classes", type=class_list, default="random", help="random, balanced, or numbers: 207,360 (%(default)s)")
+    add("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of labels and noise (%(default)s)")
+    add("--w", type=data.positive_number, help="the teacher's guidance (that of the run, else 1.5)")
+    add("--cfg-channels", type=whole_number(1, 4), default=3, help="of latents: guide the first N (%(default)s)")
+    add("--amp", choices=("bf16", "off"), default="off", help="bf16: matrix products in bf16 (%(default)s)")
+    add("--speed-up", action="store_true", help="time the teacher's sampler too, on one batch")
     args = parser.parse_args(argv)
     check_device(parser, args.device)
+    if args.sample:
+        if args.samples_out is None:
+            parser.error("--sample needs --samples-out, a folder for the images")
+        if args.speed_up and args.sampler != "student":
+            parser.error("--speed-up compares a student with its teacher: leave out --sampler")
+        with sentences(parser):
+            sample_images(args)
+        return
+    if args.data == "imagenet":
+        parser.error("of ImageNet, write images by --sample, then score them by --images and --reference")
     if args.data:
         with sentences(parser) as held:
             run = ImageRun(args, {}, needs=["teacher", "td"])
@@ -1024,7 +1225,7 @@ def main(argv=None):
         return
     args.out = Path(args.out or "runs/evaluate")
     if not args.flops and not (args.images and (args.reference or args.save_npz)):
-        parser.error("give --data, or --images with --reference or --save-npz, or --flops")
+        parser.error("give --data, or --sample, or --images with --reference or --save-npz, or --flops")
     torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would move features beyond 1e-4
     with sentences(parser):
         if args.flops:

@@ -31,6 +31,7 @@ Departures from MeanFlow: which times are drawn (`draw_times`), and a teacher's 
 
 import argparse
 import math
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -38,9 +39,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import (BadInput, Diverged, Glyphs, ImageFolder, RunFolder, alone, positive_number, progress, rng, save_grid,
-                  sentences, to_uint8, whole_number)
-from models import DiT, Teacher, add_noise, expand_times, frozen_copy, student_from_teacher, update_ema
+from data import (PUBLISHED, BadInput, Diverged, EncodedFolder, Glyphs, ImageFolder, LatentCache, RunFolder, alone,
+                  decode_latents, fetch, load_vae, positive_number, progress, rng, save_grid, sentences, sha256_file,
+                  to_uint8, weights_path, whole_number)  # fmt: skip
+from models import (SD_VAE_SCALE, DiT, DiTTeacher, SiTTeacher, Teacher, add_noise, autocast_off, dit_by_name,
+                    dit_from_weights, expand_times, frozen_copy, load_weights, read_weights, student_from_teacher,
+                    update_ema)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -94,7 +98,8 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
         with torch.no_grad():  # the target carries no gradient, so forward mode needs no graph
             # du/dt = v . grad_x u + d_t u : the tangents are (v, 1) for (x, t)
             tangents = (v[rows].detach(), torch.ones_like(t_rows))
-            _, du_dt[rows] = torch.func.jvp(u_along_path, (x_rows, t_rows), tangents)
+            with autocast_off(v):  # bf16 would make du/dt wrong by a percent
+                _, du_dt[rows] = torch.func.jvp(u_along_path, (x_rows, t_rows), tangents)
     # u_target = v - (t - r) du/dt
     return (v - expand_times(t - r, v) * du_dt).detach(), du_dt
 
@@ -236,50 +241,106 @@ def share_clipped(optimizer, clip, step, rows):
     return {} if clip == math.inf else {"clipped": count / (step - (rows[-1]["step"] if rows else -1))}
 
 
-def teacher_objective(net, x_0, y, eps, generator, *, null_class=None):
+def autocast(device, amp):
+    """A context for passes with a graph and for the teacher's: matrix products in bf16 if amp is "bf16", not if "off".
+
+    Times, their embeddings, du/dt, the target and the loss stay in fp32: the networks here answer in fp32, and
+    `meanflow_target` switches autocast off. No cache: it would hand weights that were cast without a graph to a pass
+    that needs one.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16", cache_enabled=False)
+
+
+def in_parts(batch, accumulate):
+    """`accumulate` slices that together are the rows of a batch, every one with its share of the first rows, which are
+    spans (see `draw_times`); and what share of the batch each is."""
+    if accumulate > batch:
+        raise BadInput(f"a batch of {batch} can't be taken in {accumulate} parts: lower --accumulate")
+    slices = [slice(k, None, accumulate) for k in range(accumulate)]
+    return [(rows, len(range(batch)[rows]) / batch) for rows in slices]
+
+
+def pick(y, rows):
+    """Rows of labels y (B,), or None where there are no labels."""
+    return None if y is None else y[rows]
+
+
+def backward_in_parts(batch, accumulate, loss_of, context):
+    """Add the gradient of a batch's mean loss to the parameters, part by part: one part's activations at a time.
+
+    loss_of(rows) -> loss, terms for a slice of the batch's rows, called within context(). The gradient is that of the
+    whole batch up to rounding, if each row has its own share of the loss. Returns loss and terms for the whole batch.
+    """
+    loss, terms = 0.0, []
+    for rows, share in in_parts(batch, accumulate):
+        with context():
+            part, told = loss_of(rows)
+        (part * share).backward()
+        loss = loss + part.detach() * share
+        terms.append(told)
+    if accumulate == 1:
+        return loss, terms[0]
+    # a part may have no row of the kind that a term is the mean of: then it is NaN there
+    means = {name: torch.stack([told[name].detach() for told in terms]).nanmean()
+             for name in terms[0] if name != "rows"}  # fmt: skip
+    if "rows" in terms[0]:  # back in the batch's order
+        order = torch.cat([torch.arange(batch)[rows] for rows, _ in in_parts(batch, accumulate)]).argsort()
+        means["rows"] = {key: torch.cat([told["rows"][key].cpu() for told in terms])[order] for key in terms[0]["rows"]}
+    return loss, means
+
+
+def teacher_objective(net, x_0, y, eps, generator, *, null_class=None, rows=slice(None)):
     """Stage 0 for a batch of data and noise (B, ...), labels y (B,) or None: flow matching on eps - x_0.
 
     null_class: the label that takes the place of one in ten, so that the network also knows the velocity of all classes
-    together, which guidance needs (Ho & Salimans, arXiv 2207.12598). Returns the loss and terms to log; of these,
-    "rows" are for each row of the batch, and not logged but reported if the loss is not finite.
+    together, which guidance needs (Ho & Salimans, arXiv 2207.12598). rows: of these alone the loss is, while random
+    numbers are drawn for all, so that they do not depend on the parts a batch is taken in.
+    Returns the loss and terms to log; of these, "rows" are for each row of the batch, and not logged but reported if
+    the loss is not finite.
     """
     # OURS: uniform times. The edges of a density are drawn at small t, which logit-normal times seldom see.
     t = torch.rand(len(x_0), generator=generator, device=x_0.device)
     if null_class is not None:
         dropped = torch.rand(len(x_0), generator=generator, device=x_0.device) < 0.1  # PRIOR: DiT's share
         y = torch.where(dropped, null_class, y)
+    x_0, y, eps, t = x_0[rows], pick(y, rows), eps[rows], t[rows]
     v = eps - x_0  # noisy: its mean given x_t is the velocity field, and so p = 0
     loss, err = flow_matching_loss(net, add_noise(x_0, eps, t), v, t=t, y=y)
     return loss, {"raw_error": err.mean(), "rows": {"t": t, "error": err}}
 
 
-def student_objective(net, x_0, y, eps, generator, *, teacher=None):
+def student_objective(net, x_0, y, eps, generator, *, teacher=None, share_spans=0.75, rows=slice(None)):
     """Stage 1 for a batch of data and noise (B, ...), labels y (B,) or None: MeanFlow on the teacher's velocity.
 
     teacher(x_t, t=t) -> v (B, ...), frozen, called with y=y too if there are labels; guidance is its own affair. None:
-    MeanFlow from scratch, on eps - x_0 (PRIOR: arXiv 2505.13447). Returns as `teacher_objective`.
+    MeanFlow from scratch, on eps - x_0 (PRIOR: arXiv 2505.13447). share_spans: of `draw_times`. rows, and what is
+    returned: as in `teacher_objective`.
     """
     terms = {}
-    r, t = draw_times(len(x_0), generator)
+    r, t = draw_times(len(x_0), generator, share_spans=share_spans)
+    # a student of a published DiT stands still beyond t_0 and t_999 (see models.DiTTeacher)
+    r, t = (time.clamp(*getattr(net, "times", (0.0, 1.0))) for time in (r, t))
+    x_0, y, eps, r, t = x_0[rows], pick(y, rows), eps[rows], r[rows], t[rows]
     x_t = add_noise(x_0, eps, t)
     with torch.no_grad():
         # deterministic with a teacher, one noisy draw of it without
         v = eps - x_0 if teacher is None else teacher(x_t, t=t, **labelled(y))
     loss, err = meanflow_loss(net, x_t, v, r=r, t=t, y=y, watch=terms)
-    rows = {"r": r, "t": t, "error": err}
-    return loss, {**terms, "raw_error": err.mean(), "v_error": err[r == t].mean(), "rows": rows}
+    told = {"r": r, "t": t, "error": err}
+    return loss, {**terms, "raw_error": err.mean(), "v_error": err[r == t].mean(), "rows": told}
 
 
-def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=math.inf, keep=None, look=None,
-          log_every=100):  # fmt: skip
+def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=math.inf, ema_decay=0.999, amp="off",
+          accumulate=1, keep=None, look=None, log_every=100):  # fmt: skip
     """Train `net` in place and return its average network (EMA) and a list of rows for metrics.csv.
 
     draw(batch, generator) -> x_0 (batch, ...), labels y (batch,) or None. objective(net, x_0, y, eps, generator) ->
     loss, terms: one of those above. steps, batch: integers >= 1; lr: the peak of Adam's learning rate. seed, stream:
     what the randomness of each step is made from; networks that are to be compared share them. name: what the bar and
-    the rows call this network, with a row every `log_every` steps. clip: the gradient's greatest norm. keep: a
-    data.Keep, and a killed training goes on. look(step, ema): called now and then, to draw samples. Raises
-    data.Diverged when the loss or its gradient is not finite.
+    the rows call this network, with a row every `log_every` steps. clip: the gradient's greatest norm. ema_decay: of
+    `update_ema`. amp: of `autocast`. accumulate: parts in which a batch is taken, one after the other, to save memory;
+    objective is then called with rows= too. keep: a data.Keep, and a killed training goes on. look(step, ema): called
+    now and then, to draw samples. Raises data.Diverged when the loss or its gradient is not finite.
     """
     device = next(net.parameters()).device
     # OURS: 0.99, a memory of 100 steps; MeanFlow has 0.95. TD of the toy did not care (0.95, 0.99, 0.999, one seed)
@@ -295,14 +356,20 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=ma
         generator = rng(seed, stream, step, device)
         x_0, y = draw(batch, generator)  # (B, ...), (B,)
         eps = torch.randn(x_0.shape, generator=generator, device=device)
-        loss, terms = objective(net, x_0, y, eps, generator)
+        drawn = generator.get_state()
+
+        def loss_of(rows):
+            generator.set_state(drawn)  # the same random numbers for all parts
+            part = {} if accumulate == 1 else {"rows": rows}
+            return objective(net, x_0, y, eps, generator, **part)
+
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         optimizer.zero_grad()
-        loss.backward()
+        loss, terms = backward_in_parts(batch, accumulate, loss_of, partial(autocast, device, amp))
         gradient = nn.utils.clip_grad_norm_(net.parameters(), clip)  # the norm that it had
         optimizer.step()
-        update_ema(ema, net, step)
+        update_ema(ema, net, step, ema_decay)
         # --- bookkeeping ---
         check_finite(f"{name}, seed {seed}, step {step}", terms.pop("rows", None), terms.get("du_dt"),
                      loss=loss, gradient=gradient)  # fmt: skip
@@ -339,6 +406,28 @@ PLANS = {
         "td": dict(steps=30, batch=32, lr=1e-3, clip=50.0, w=1.0),
     },
 }
+PLANS |= {
+    # The student is as large as the teacher, and starts from its weights.
+    "imagenet256-xl2": {
+        "network": {},
+        # PRIOR: batch, lr, ema_decay and a quarter of spans are MeanFlow's for ImageNet (arXiv 2505.13447, official
+        # code); w = 1.5 on 3 channels is the guidance behind the published FIDs of both teachers (arXiv 2212.09748).
+        # OURS: steps (20 epochs, a fifth of them would be seen as too few in FIDs of MeanFlow), clip.
+        "td": dict(steps=100_000, batch=256, lr=1e-4, clip=1.0, ema_decay=0.9999, share_spans=0.25, w=1.5,
+                   cfg_channels=3),
+    },
+    # A student of a tenth of the teacher's work. Its sizes are not the teacher's, so it starts from random weights and
+    # learns all from the teacher's velocity: OURS, as the toy does. With a B/4 as --teacher it starts from its weights.
+    "imagenet256-b4": {
+        "network": dict(patch_size=4, hidden_size=768, depth=12, num_heads=12),  # PRIOR: B/4, MeanFlow's ablations
+        "td": dict(steps=400_000, batch=256, lr=1e-4, clip=1.0, ema_decay=0.9999, share_spans=0.25, w=1.5,
+                   cfg_channels=3),  # PRIOR: steps too, their 80 epochs; the rest as above
+    },
+    "imagenet-quick": {
+        "network": {},
+        "td": dict(steps=3, batch=4, lr=1e-4, clip=1.0, ema_decay=0.9999, share_spans=0.5, w=1.5, cfg_channels=3),
+    },
+}  # fmt: skip
 LOOK_EVERY = 500  # steps between two pictures of samples
 
 
@@ -347,6 +436,19 @@ def new_network(seed, stream, build):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng(seed, stream).initial_seed())
         return build()
+
+
+def run_path(args):
+    """The run folder that the command line means."""
+    name = "-".join([args.data] + [str(args.size)] * (args.size != 16) + ["quick"] * args.quick)
+    return Path(args.out or f"runs/{plan_name(args) if args.data == 'imagenet' else name}")
+
+
+def plan_name(args):
+    """The entry of PLANS that the command line asks for."""
+    if args.data == "imagenet":
+        return "imagenet-quick" if args.quick else args.preset
+    return "quick" if args.quick else "default"
 
 
 class ImageRun:
@@ -359,39 +461,55 @@ class ImageRun:
     """
 
     def __init__(self, args, given, more=None, needs=()):
-        name = "-".join([args.data] + [str(args.size)] * (args.size != 16) + ["quick"] * args.quick)
-        path = Path(args.out or f"runs/{name}")
+        path = run_path(args)
         for stage in needs:
             if not (path / f"{stage}.pt").exists():
                 raise BadInput(f"{path} holds no finished {stage}: run meanflow_td.py with the same --data first")
         self.device = torch.device(args.device)
-        if args.data == "glyphs":
-            self.channels, classes = 1, [str(digit) for digit in range(10)]
-        else:
-            if args.data_dir is None:
-                raise BadInput("--data folder needs --data-dir, a folder with one folder of images for each class")
-            self.source = ImageFolder(args.data_dir, args.size)
-            self.channels, classes = self.source.channels, self.source.classes
-        plan = PLANS["quick" if args.quick else "default"] | (more or {})
-        plan |= {"data": dict(data=args.data, size=args.size, channels=self.channels, classes=classes, seed=0)}
+        self.how = {"amp": args.amp, "accumulate": args.accumulate}
+        self.checkpointing = args.checkpointing
+        plan = PLANS[plan_name(args)] | (more or {})
+        opened = self.open(args, plan)
+        plan |= {name: dict(section) for name, section in opened.items()}
+        plan["data"]["seed"] = 0
         there = RunFolder(path, {}).config
         plan = {name: dict(section) for name, section in (plan | there).items()}
         for (section, key), value in given.items():
             if value is not None:
                 plan[section][key] = value
-        plan["data"] |= dict(data=args.data, size=args.size, channels=self.channels, classes=classes)
-        self.folder, self.plan, self.classes = RunFolder(path, plan), plan, len(classes)
-        self.seed = plan["data"]["seed"]
+        for name, section in opened.items():
+            plan[name] |= section
+        self.begin(RunFolder(path, plan), plan)
         if args.data == "glyphs":
             self.source = Glyphs(args.size, seed=self.seed)
-        # the same labels and noise for every grid of samples: a row for each class, up to ten
-        self.grid_y = torch.arange(min(10, self.classes)).repeat_interleave(10).to(self.device)
+
+    def open(self, args, plan):
+        """Open the data; return the sections of the plan that follow from what was opened: "data", and maybe others."""
+        channels, classes = 1, [str(digit) for digit in range(10)]
+        if args.data == "folder":
+            if args.data_dir is None:
+                raise BadInput("--data folder needs --data-dir, a folder with one folder of images for each class")
+            self.source = ImageFolder(args.data_dir, args.size)
+            channels, classes = self.source.channels, self.source.classes
+        return {"data": dict(data=args.data, size=args.size, channels=channels, classes=classes)}
+
+    def begin(self, folder, plan):
+        """Take a run's folder and its plan."""
+        self.folder, self.plan, told = folder, plan, plan["data"]
+        self.seed, self.classes, self.channels = told["seed"], len(told["classes"]), told["channels"]
+        self.shape = tuple(told.get("latent", (self.channels, told["size"], told["size"])))  # of what is diffused
+        # the same labels and noise for every grid of samples: of ten classes, or of all if there are less
+        rows, each = min(10, self.classes), 10 if self.shape[1] == told["size"] else -(-20 // min(10, self.classes))
+        self.grid_y = (torch.arange(rows) * self.classes // rows).repeat_interleave(each).to(self.device)
         self.grid_eps = self.noise(len(self.grid_y), "grid")
 
     def noise(self, count, stream):
-        """Noise (count, C, size, size) that depends on the stream alone: drawn on the CPU, the same on any device."""
-        size = self.plan["data"]["size"]
-        return torch.randn(count, self.channels, size, size, generator=rng(0, stream)).to(self.device)
+        """Noise (count, C, H, W) that depends on the stream alone: drawn on the CPU, so it is so on any device."""
+        return torch.randn(count, *self.shape, generator=rng(0, stream)).to(self.device)
+
+    def decode(self, x):
+        """Images (B, C, H, W) in about [-1, 1] of what is diffused, which here are images already."""
+        return x
 
     def network(self, stream, two_times=False, seed=None):
         """A DiT in its wrapper, with random weights that depend on the seed (else the run's) and the stream alone."""
@@ -427,10 +545,11 @@ class ImageRun:
             self.save_samples(f"{name}-{step:06d}", sampler(ema, self.grid_eps, self.grid_y))
 
         def compute(keep):
-            plan = {key: self.plan[section][key] for key in ("steps", "batch", "lr", "clip")}
-            ema, rows = train(net, self.source.draw, objective, **plan, stream=section, name=name,
-                              seed=self.seed if seed is None else seed,
-                              keep=keep, look=look)  # fmt: skip
+            keys = ("steps", "batch", "lr", "clip", "ema_decay")
+            plan = {key: self.plan[section][key] for key in keys if key in self.plan[section]}
+            net.net.checkpointing = self.checkpointing
+            ema, rows = train(net, self.source.draw, objective, **plan, **self.how, stream=section, name=name,
+                              seed=self.seed if seed is None else seed, keep=keep, look=look)  # fmt: skip
             self.folder.write_metrics(rows)
             return {"net": ema.state_dict(), "rows": rows}
 
@@ -438,7 +557,174 @@ class ImageRun:
 
     def save_samples(self, name, x):
         """A grid of samples x (N, C, H, W), ten in a row, to samples/<name>.png."""
-        save_grid(self.folder.path / "samples" / f"{name}.png", to_uint8(x), columns=10)
+        images = to_uint8(self.decode(x))
+        zoom = 4 if len(images[0]) < 64 else 1
+        save_grid(self.folder.path / "samples" / f"{name}.png", images, columns=10, zoom=zoom)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs on ImageNet: the paper's main experiment. The teacher is published, so there is no stage 0; all happens in the
+# latents of Stable Diffusion's VAE. Nothing of this has run with the real weights and images: see the README.
+# ---------------------------------------------------------------------------------------------------------------------
+
+TEACHERS = {"SiT": SiTTeacher, "DiT": DiTTeacher}
+WRAPPERS = {wrapper.__name__: wrapper for wrapper in (Teacher, SiTTeacher, DiTTeacher)}
+DATA_HELP = ("ImageNet's training images (ILSVRC 2012, 138 GB; accounts at https://image-net.org/download.php): "
+             "name by --data-dir the folder that holds n01440764/*.JPEG and 999 more; or by --cache their latents, as "
+             "`python data.py --encode` writes them")  # fmt: skip
+
+
+def missing_parts(args):
+    """What a run on ImageNet needs and this machine does not have: a list of (what and where to put it, Published or
+    None). Looks at no more than whether files are there."""
+    missing = []
+    places = [Path(place) for place in (args.cache, args.data_dir) if place]
+    if not places:
+        missing.append((DATA_HELP, None))
+    missing += [(f"{place}, which is not there; what goes there: {DATA_HELP}", None)
+                for place in places if not place.exists()]  # fmt: skip
+    for flag, what, name in (("--teacher", "the teacher", args.teacher), ("--vae", "the VAE", args.vae)):
+        path = weights_path(name)
+        if name in PUBLISHED and not path.exists():
+            missing.append((f"{what} {name}: download {PUBLISHED[name].url} and put it at {path}, or name it by {flag}",
+                            PUBLISHED[name]))  # fmt: skip
+        elif not path.exists():
+            missing.append((f"{what}: there is no file {path}, which {flag} names", None))
+    return missing
+
+
+def require_parts(args):
+    """Fetch the weights that are not there. BadInput that lists ALL that is missing, if anything can't be fetched."""
+    missing = missing_parts(args)
+    said = [what for what, _ in missing]
+    if all(published for _, published in missing):  # else a download would only delay the bad news
+        said = []
+        for what, published in missing:
+            try:
+                fetch(published, "its flag")
+            except BadInput as error:
+                said.append(f"{what} ({error.__cause__})")
+    if said:
+        raise BadInput("\n".join(["this machine lacks", *(f"- {what}." for what in said)]))
+
+
+def teacher_kind(name):
+    """SiT or DiT, as a teacher's name or its file's name says. BadInput if it says neither, or both."""
+    kinds = [kind for kind in TEACHERS if kind in (name if name in PUBLISHED else Path(name).name)]
+    if len(kinds) != 1:
+        raise BadInput(f"{name}: the file's name has to tell whether it is a SiT or a DiT, whose clocks differ, as in "
+                       "SiT-XL-2-256.pt")  # fmt: skip
+    return kinds[0]
+
+
+def load_teacher(name):
+    """-> a frozen published teacher in the wrapper that its name asks for, and the sha256 of its file.
+
+    name: one of PUBLISHED, fetched on first use; or a path whose file's name has SiT or DiT in it, since weights do not
+    tell which of the two clocks they follow. Of a path, the file tells the sizes. BadInput: one sentence.
+    """
+    kind = teacher_kind(name)
+    path = fetch(PUBLISHED[name], "--teacher") if name in PUBLISHED else Path(name)
+    sha256 = sha256_file(path)
+    try:
+        weights = read_weights(path)
+        net = dit_by_name(name) if name in PUBLISHED else dit_from_weights(weights)
+        load_weights(net, weights, path)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    except (KeyError, IndexError, RuntimeError) as error:  # a DiT's names, with parts missing or of strange shapes
+        raise BadInput(f"{path} does not hold a DiT with all its parts ({error})") from error
+    return TEACHERS[kind](net.eval().requires_grad_(False)), sha256
+
+
+def student_config(teacher, sizes):
+    """The student's wrapper and sizes, for a plan: those of a preset (patch_size, ...), or the teacher's if {}."""
+    known = teacher.net.config
+    own = {**known, **sizes}
+    if own == known:
+        return {"wrapper": type(teacher).__name__, **known}
+    return {"wrapper": "Teacher", **own, "learn_sigma": False}
+
+
+class ImagenetRun(ImageRun):
+    """A run on ImageNet, of a published teacher. args has more flags: cache, teacher, vae, preset.
+
+    The student starts from the teacher's weights where it has the teacher's sizes, else from random ones. Random ones
+    get the wrapper of nets that are trained here: a DiT's formula would amplify them 158 times where samples start.
+    Raises BadInput, before anything is written: parts that are missing, and data, VAE or teacher that do not fit.
+    """
+
+    def open(self, args, plan):
+        require_parts(args)
+        teacher, teacher_sha256 = load_teacher(args.teacher)
+        self.teacher, known = teacher.to(self.device), teacher.net.config
+        vae_sha256 = self.take_vae(args.vae)
+        side, factor = known["input_size"], 2 ** (len(self.vae.encoder.down_blocks) - 1)
+        if args.cache:
+            self.source = LatentCache(args.cache)
+            if self.source.vae_sha256 != vae_sha256:
+                raise BadInput(f"{args.cache} was made with another VAE (sha256 {self.source.vae_sha256[:8]}...) than "
+                               f"--vae {args.vae} ({vae_sha256[:8]}...): name that one, or encode again")  # fmt: skip
+        else:
+            folder = ImageFolder(args.data_dir, factor * side)
+            self.source = EncodedFolder(folder, self.vae, vae_sha256=vae_sha256, scale=SD_VAE_SCALE)
+        shape, classes = (known["in_channels"], side, side), self.source.classes
+        place = args.cache or args.data_dir
+        if self.source.shape != shape:
+            raise BadInput(f"{place} gives latents {self.source.shape}, but the teacher {args.teacher} takes {shape}: "
+                           "it is a teacher for another size of images")  # fmt: skip
+        if len(classes) != known["num_classes"]:
+            raise BadInput(f"{place} has {len(classes)} classes, but the teacher {args.teacher} knows "
+                           f"{known['num_classes']}: give the folder that has a folder for each of them")  # fmt: skip
+        told = dict(data="imagenet", preset=plan_name(args), size=factor * side, channels=3, latent=list(shape),
+                    teacher=type(teacher).__name__, classes=classes)  # fmt: skip
+        told |= {"teacher sha256": teacher_sha256, "vae sha256": vae_sha256}
+        return {"data": told, "network": student_config(self.teacher, plan["network"])}
+
+    def take_vae(self, name):
+        """Load the VAE, and return its sha256."""
+        vae, sha256 = load_vae(name)
+        self.vae = vae.to(self.device)
+        return sha256
+
+    def decode(self, x):
+        """Images (B, 3, H, W) in about [-1, 1] of latents x (B, C, h, w)."""
+        return decode_latents(self.vae, x, SD_VAE_SCALE)
+
+    def network(self, stream, two_times=False, seed=None):
+        config = dict(self.plan["network"])
+        wrapper = WRAPPERS[config.pop("wrapper")]
+        build = partial(DiT, **config, two_times=two_times)
+        return wrapper(new_network(self.seed if seed is None else seed, stream, build)).to(self.device)
+
+    def student(self, teacher):
+        same = self.plan["network"] == {"wrapper": type(teacher).__name__, **teacher.net.config}
+        return super().student(teacher) if same else self.network("student", two_times=True)
+
+    def load_teacher(self):
+        self.teacher.w, self.teacher.cfg_channels = self.plan["td"]["w"], self.plan["td"]["cfg_channels"]
+        return self.teacher
+
+
+def open_run(args, given, more=None, needs=()):
+    """The ImageRun, or ImagenetRun, that the command line asks for."""
+    return (ImagenetRun if args.data == "imagenet" else ImageRun)(args, given, more, needs)
+
+
+def saved_run(path, device):
+    """A run as its folder tells of it, without its data and its teacher: enough to load students. BadInput if none."""
+    path = Path(path)
+    if not (path / "config.json").exists():
+        raise BadInput(f"{path} is no run folder: it has no config.json")
+    folder = RunFolder(path, {})
+    try:
+        kind = ImagenetRun if folder.config["data"]["data"] == "imagenet" else ImageRun
+        run = kind.__new__(kind)
+        run.device = torch.device(device)
+        run.begin(folder, folder.config)
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{path / 'config.json'} is not the configuration of a run on images ({error})") from error
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -448,12 +734,44 @@ class ImageRun:
 
 def add_run_arguments(parser):
     """The flags that say which run is meant: the same for all three scripts."""
-    parser.add_argument("--data", choices=("glyphs", "folder"), default="glyphs", help="(default: %(default)s)")
-    parser.add_argument("--data-dir", help="for --data folder: a folder with one folder of images for each class")
-    parser.add_argument("--size", type=int, choices=(16, 32), default=16, help="pixels (default: %(default)s)")
+    parser.add_argument("--data", choices=("glyphs", "folder", "imagenet"), default="glyphs",
+                        help="imagenet: in latents, from a published teacher (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--data-dir", help="for folder and imagenet: a folder with one folder of images for each class")
+    parser.add_argument("--size", type=int, choices=(16, 32), default=16,
+                        help="pixels; of imagenet, the teacher tells them (default: %(default)s)")  # fmt: skip
     parser.add_argument("--out", help="run folder (default: runs/glyphs, and for other data or sizes runs/...)")
+    imagenet = parser.add_argument_group("for --data imagenet")
+    imagenet.add_argument("--cache", help="latents, of `python data.py --encode`; without, images are encoded as drawn")
+    imagenet.add_argument("--teacher", default="SiT-XL/2", metavar="SiT-XL/2|DiT-XL/2|PATH",
+                          help="published, or a file with SiT or DiT in its name (default: %(default)s)")  # fmt: skip
+    imagenet.add_argument("--vae", default="ema", metavar="ema|mse|PATH",
+                          help="weights of Stable Diffusion's VAE (default: %(default)s)")  # fmt: skip
+    imagenet.add_argument("--preset", choices=("imagenet256-xl2", "imagenet256-b4"), default="imagenet256-xl2",
+                          help="xl2: a student like the teacher; b4: a small one (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="everything, small: to see that it works, not how well")
+
+
+def add_training_arguments(parser):
+    """The flags on how a run is computed, which change its numbers by rounding alone: the same for both stages."""
+    parser.add_argument("--batch", type=whole_number(1, 2**16), help="images in an update (default: the plan's)")
+    parser.add_argument("--amp", choices=("bf16", "off"),
+                        help="matrix products in bf16 (default: bf16 on cuda, off elsewhere)")  # fmt: skip
+    parser.add_argument("--accumulate", type=whole_number(1, 2**16), default=1, metavar="N",
+                        help="take a batch in N parts: less memory, the same gradient (default: %(default)s)")
+    parser.add_argument("--checkpointing", action="store_true",
+                        help="keep less of a pass and compute it again: less memory, a third more time")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="of --data imagenet: print sizes, memory and what is missing, and stop")  # fmt: skip
+
+
+def check_training(parser, args):
+    """Fill in --amp, and exit with 2 where flags can't go together."""
+    check_device(parser, args.device)
+    if args.amp is None:
+        args.amp = "bf16" if torch.device(args.device).type == "cuda" else "off"
+    if args.dry_run and args.data != "imagenet":
+        parser.error("--dry-run is for --data imagenet: the others fit on any machine")
 
 
 def check_device(parser, device):
@@ -472,22 +790,37 @@ def teacher_sample(net, eps, y, steps=25):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
+    add_training_arguments(parser)
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), help="of data and networks (default: 0)")
     parser.add_argument("--teacher-steps", type=whole_number(1), help="updates of the teacher")
     parser.add_argument("--td-steps", type=whole_number(1), help="updates of the student")
-    parser.add_argument("--w", type=positive_number, help="the teacher's guidance, baked in; 1 is none (default: 1)")
+    parser.add_argument("--w", type=positive_number,
+                        help="the teacher's guidance, baked in; 1 is none (default: 1, of imagenet 1.5)")
+    parser.add_argument("--cfg-channels", type=whole_number(1, 4), metavar="N",
+                        help="of imagenet: guide the first N of 4 channels (default: 3, as published)")  # fmt: skip
     args = parser.parse_args(arguments)
-    check_device(parser, args.device)
+    check_training(parser, args)
+    given = {("data", "seed"): args.seed, ("td", "steps"): args.td_steps, ("td", "w"): args.w,
+             ("td", "batch"): args.batch, ("td", "cfg_channels"): args.cfg_channels}  # fmt: skip
+    if args.data != "imagenet":
+        given |= {("teacher", "steps"): args.teacher_steps, ("teacher", "batch"): args.batch}
     with sentences(parser) as held:
-        run = ImageRun(args, {("data", "seed"): args.seed, ("teacher", "steps"): args.teacher_steps,
-                              ("td", "steps"): args.td_steps, ("td", "w"): args.w})  # fmt: skip
+        if args.dry_run:
+            from dmd_refine import dry_run  # stage 2 knows both stages
+
+            sys.exit(dry_run(args, given))
+        run = open_run(args, given)
         held.enter_context(alone(run.folder.path))
-        run.train("teacher", run.network("teacher"), partial(teacher_objective, null_class=run.classes),
-                  section="teacher", sampler=teacher_sample)  # fmt: skip
+        if args.data != "imagenet":
+            run.train("teacher", run.network("teacher"), partial(teacher_objective, null_class=run.classes),
+                      section="teacher", sampler=teacher_sample)  # fmt: skip
         teacher = run.load_teacher()
-        run.train("td", run.student(teacher), partial(student_objective, teacher=teacher), section="td", sampler=sample)
-        print(f"In {run.folder.path}: teacher.pt, td.pt, metrics.csv, and grids in samples/. "
-              f"Next: python dmd_refine.py --data {args.data}")  # fmt: skip
+        objective = partial(student_objective, teacher=teacher)
+        if "share_spans" in run.plan["td"]:
+            objective = partial(objective, share_spans=run.plan["td"]["share_spans"])
+        run.train("td", run.student(teacher), objective, section="td", sampler=sample)
+        print(f"In {run.folder.path}: {'' if args.data == 'imagenet' else 'teacher.pt, '}td.pt, metrics.csv, and grids "
+              f"in samples/. Next: python dmd_refine.py --data {args.data}")  # fmt: skip
 
 
 if __name__ == "__main__":

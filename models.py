@@ -33,6 +33,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Conversions. Every network here answers a velocity; whoever wants x_0, eps or the score takes it from there.
@@ -298,6 +299,8 @@ class DiT(nn.Module):
     learn_sigma: the output has 2 * in_channels channels. The first half is the prediction; the second is DiT's learned
         variance, and SiT's published nets carry it too and never use it. Whoever calls takes the half that it wants.
     two_times: adds an embedder of the time span t - r, and r must then be given.
+    checkpointing, an attribute: a pass with a graph keeps only what enters each block, and makes the rest again when it
+        is needed; the same numbers for a third more time. A pass without a graph, as du/dt is, does not notice.
 
     `dit_by_name` builds the published sizes, `student_from_teacher` the student of a net with one time.
 
@@ -329,6 +332,7 @@ class DiT(nn.Module):
         self.y_embedder = nn.Sequential(OrderedDict(embedding_table=nn.Embedding(num_classes + 1, hidden_size)))
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * self.out_channels)
+        self.checkpointing = False
         self.init_weights()
 
     @torch.no_grad()
@@ -367,8 +371,10 @@ class DiT(nn.Module):
             c = c + (self.span_embedder(span) - self.span_embedder(torch.zeros_like(span)))  # so at r = t exactly c
         x = self.x_embedder(x_t).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, D)
         tokens = {}
+        again = self.checkpointing and torch.is_grad_enabled() and forward_ad.unpack_dual(x).tangent is None
         for i, block in enumerate(self.blocks):
-            x = block(x, c)
+            # nothing in a block is random, so there is no random state to keep
+            x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False) if again else block(x, c)
             if i in taps:
                 tokens[i] = x
         out = self.unpatchify(self.final_layer(x, c))
@@ -396,6 +402,24 @@ def dit_by_name(name):
         raise ValueError(f"no net is called {name!r}: it is DiT or SiT, a size ({', '.join(DIT_SIZES)}) and a patch "
                          "(2, 4, 8), as in SiT-XL/2")
     return DiT(32, int(match[2]), 4, *DIT_SIZES[match[1]], learn_sigma=True)
+
+
+def dit_from_weights(weights):
+    """The DiT that fits weights {name: tensor}, with one time, and random still. ValueError if they are no DiT's.
+
+    Sizes are read off the shapes, except the number of heads, which no shape tells: that of the published net of this
+    hidden_size, else a head for each 64 channels, as all published nets but XL have it.
+    """
+    if dit_size(weights) is None:
+        raise ValueError("it holds no DiT")
+    hidden_size, in_channels, _, patch_size = weights["x_embedder.proj.weight"].shape
+    tokens, numbers = weights["pos_embed"].shape[1], len(weights["final_layer.linear.bias"])
+    heads = {size: heads for size, _, heads in DIT_SIZES.values()}.get(hidden_size, max(1, hidden_size // 64))
+    return DiT(math.isqrt(tokens) * patch_size, patch_size, in_channels, hidden_size,
+               len({name.split(".")[1] for name in weights if name.startswith("blocks.")}), heads,
+               mlp_ratio=len(weights["blocks.0.mlp.fc1.bias"]) / hidden_size,
+               num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1,
+               learn_sigma=numbers == 2 * in_channels * patch_size**2)  # fmt: skip
 
 
 def student_from_teacher(net):
@@ -435,6 +459,7 @@ class Teacher(nn.Module):
     """
 
     clock = CLOCK  # the net's time for a unit of ours; 1 where a subclass has made the net's time itself
+    times = 0.0, 1.0  # the t that the net knows
 
     def __init__(self, net, w=1.0, cfg_channels=3):
         super().__init__()
@@ -530,7 +555,7 @@ class DiTTeacher(Teacher):
       normalise it. k also has a kink at every step, at which du/dt jumps.
     - Near t = 1 the divisor amplifies errors of the net, and bf16's rounding, 158 times. One-step samples start there.
     - Beyond the ends, t is clamped: du/dt has no d_t u there, and the MeanFlow target is wrong by (t - r) d_t u. That
-      is much at t > t_999. Draw the times of training in [t_0, t_999]: t = step_of(t)[0].
+      is much at t > t_999. Draw the times of training in [t_0, t_999], which `times` is.
     """
 
     clock = 1.0
@@ -541,6 +566,11 @@ class DiTTeacher(Teacher):
         alpha_bar = (1 - betas).cumprod(0)  # alpha_k^2
         # No buffer: .to(torch.bfloat16) on the module must not round it. Minus the log-SNR, which rises with k.
         self.noise_to_signal = torch.log((1 - alpha_bar) / alpha_bar)  # (1000,)
+
+    @property
+    def times(self):
+        """t_0 and t_999."""
+        return tuple((self.noise_to_signal[[0, -1]] / 2).sigmoid().tolist())
 
     def step_of(self, t):
         """Clamp t (B,) to [t_0, t_999]; return it and the fractional step k (B,) in [0, 999] that belongs to it."""
@@ -604,15 +634,26 @@ class DiTTeacher(Teacher):
     def sample_ddpm(self, eps, y, steps=250, *, generator):
         """Samples x_0 (B, C, H, W) of the DiT's own sampler from noise eps, with the wrapper's w and cfg_channels.
 
-        y (B,). steps: calls of the net, 2 to 1000; PRIOR: 250, behind the published FID 2.27 at w = 1.5. generator: a
-        torch.Generator on eps' device, for the noise of every step but the last. The net must have learn_sigma.
+        y (B,). steps: calls of the net, 2 to 1000; PRIOR: 250, behind the published FID 2.27 at w = 1.5. generator:
+        of `normal_like`, for the noise of every step but the last. The net must have learn_sigma.
         """
         x = at_least_fp32(eps)  # at k = 999 the path is noise, but for 0.6 % of x_0
         for i in reversed(range(steps)):
             mean, log_variance, _ = self.denoise(x, y, i, steps)
-            noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype) if i else 0.0
+            noise = normal_like(x, generator) if i else 0.0
             x = mean + (log_variance / 2).exp() * noise
         return x
+
+
+def normal_like(x, generator):
+    """Unit noise of the shape of x (B, ...), in its precision, on its device.
+
+    generator: a torch.Generator on that device; or a list of B on the CPU, one for each row: then a row's noise is the
+    same whatever batch it is in, and on any device.
+    """
+    if isinstance(generator, list):
+        return torch.stack([torch.randn(x.shape[1:], generator=one, dtype=x.dtype) for one in generator]).to(x.device)
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 SDE_LAST_STEP = 0.04  # PRIOR: SiT's. The last step, from t = 0.04 to t = 0, adds no noise.
@@ -623,7 +664,7 @@ def sample_sde(velocity, eps, y=None, steps=250, *, generator):
     """Samples x_0 (B, ...) from noise eps by SiT's Euler-Maruyama (arXiv 2401.08740), `steps` calls of velocity.
 
     velocity(x_t, t=t) -> (B, ...), called with y=y too if y (B,) is given: a Teacher, whose w is then the guidance.
-    generator: a torch.Generator on eps' device. Raises ValueError for steps < 2.
+    generator: of `normal_like`. Raises ValueError for steps < 2.
 
     The SDE has the densities p_t of the ODE, for any g(t) >= 0, and runs from t = 1 down to 0 (score = -eps_hat / t):
         dx = (v - g/2 score) dt + sqrt(g) dW          with g = 2 t:   dx = (v + eps_hat) dt + sqrt(2 t) dW
@@ -641,7 +682,7 @@ def sample_sde(velocity, eps, y=None, steps=250, *, generator):
         drift = v + eps_from_velocity(x, t, v)
         if k == steps - 1:
             return x - drift * SDE_LAST_STEP
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        noise = normal_like(x, generator)
         x = x - drift * dt + (2 * (1 - k * dt) * dt) ** 0.5 * noise
 
 
