@@ -60,6 +60,11 @@ class BadInput(ValueError):
     """What the user handed over cannot be used: one sentence with value and remedy, at which scripts exit with 2."""
 
 
+def in_short(error):
+    """What an error says, on one line and not too long: of a damaged file, libraries print whole pages."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 class Diverged(FloatingPointError):
     """A loss, a gradient or a sample is not finite, at which scripts exit with 3. report: what is known of it."""
 
@@ -414,7 +419,7 @@ def read_image(path, size=None, channels=3):
     except BadInput:
         raise
     except Exception as error:  # Pillow has no one type for a damaged file
-        raise BadInput(f"{path} cannot be read as an image ({error}).") from error
+        raise BadInput(f"{path} cannot be read as an image ({in_short(error)}).") from error
     pixels = np.asarray(centre_crop(image, size) if size else image)
     return pixels.reshape(*pixels.shape[:2], channels)
 
@@ -475,7 +480,7 @@ class ImageFolder:
                 with Image.open(path) as file:
                     size = file.size
             except Exception as error:  # Pillow has no one type for a damaged file
-                raise BadInput(f"{path} cannot be read as an image ({error}).") from error
+                raise BadInput(f"{path} cannot be read as an image ({in_short(error)}).") from error
             first = first or size
             if size != first:
                 raise BadInput(f"{path} is {size[0]} x {size[1]} px, the images before it {first[0]} x {first[1]} px.")
@@ -545,7 +550,7 @@ class NpzImages:
         except KeyError as error:
             raise BadInput(f"{path} has no array `arr_0` with images.") from error
         except Exception as error:  # zipfile and numpy have no one type for a damaged file
-            raise BadInput(f"{path} cannot be read as an npz file ({error}).") from error
+            raise BadInput(f"{path} cannot be read as an npz file ({in_short(error)}).") from error
         if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] not in (1, 3) or fortran:
             raise BadInput(f"{path} holds arr_0 as {dtype} {shape}; images must be uint8 (N, H, H, 3) or (N, H, H, 1).")
         if shape[0] == 0:
@@ -569,7 +574,7 @@ class NpzImages:
                 self._file.seek(self._start + int(i) * bytes_each)
                 image[:] = np.frombuffer(self._file.read(bytes_each), np.uint8).reshape(image.shape)
         except Exception as error:  # zipfile has no one type for a damaged file
-            raise BadInput(f"{self.path} is damaged or cut off at image {int(i)} ({error}).") from error
+            raise BadInput(f"{self.path} is damaged or cut off at image {int(i)} ({in_short(error)}).") from error
         return images
 
 
@@ -602,7 +607,7 @@ def read_statistics(path, named):
     except KeyError as error:
         raise BadInput(f"{path} holds one of {mu}, {sigma} without the other.") from error
     except Exception as error:  # zipfile and numpy have no one type for a damaged file
-        raise BadInput(f"{path} cannot be read as an npz file of plain arrays ({error}).") from error
+        raise BadInput(f"{path} cannot be read as an npz file of plain arrays ({in_short(error)}).") from error
     return stats, NpzImages(path) if "arr_0" in keys else None
 
 
@@ -798,7 +803,7 @@ def open_shard(cache, manifest, k):
         moments = np.load(path, mmap_mode="r", allow_pickle=False)
         found = moments.dtype, moments.shape
     except Exception as error:  # numpy has no one type for a damaged file
-        raise BadInput(f"{path} is missing or damaged ({error}): encode again, which writes only this.") from error
+        raise BadInput(f"{path} is missing or damaged ({in_short(error)}): encode again.") from error
     if found != expected:
         raise BadInput(f"{path} holds {found[0]} {found[1]}, not {expected[0]} {expected[1]}: encode again.")
     return moments
@@ -888,8 +893,8 @@ def encode_folder(folder, vae, cache, *, vae_sha256, scale, batch=32, shard_imag
 
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        write_manifest()
-        with progress(None, "encoding", total=left, unit=" images") as bar:
+        with alone(cache), progress(None, "encoding", total=left, unit=" images") as bar:
+            write_manifest()
             for k in missing:
                 rows = range(len(folder))[k * shard_images : (k + 1) * shard_images]
                 moments = encode_shard(folder, vae, rows, batch, strict, bar)
@@ -1038,11 +1043,10 @@ def read_checkpoint(path):
     return state
 
 
-def set_aside(path, reason):
+def set_aside(path, error):
     """Rename a damaged file of ours, with a warning, so that nothing reads it and nobody loses it."""
     kept = path.with_name(path.name + ".damaged")
-    reason = " ".join(str(reason).split())[:200]
-    print(f"warning: {path} is damaged ({reason}): kept as {kept.name}. Its work is taken from before or made again")
+    print(f"warning: {path} is damaged ({in_short(error)}); kept as {kept.name}, older work is taken or done anew")
     os.replace(path, kept)
 
 
@@ -1066,9 +1070,11 @@ def alone(path):
     folder = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in Path(path).rglob("*.partial"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
     except BlockingIOError:
         os.close(folder)
-        raise BadInput(f"another process works in {path}: wait for it, or name another folder with --out") from None
+        raise BadInput(f"another process works in {path}: wait until it is done, or name another folder") from None
     except OSError:  # a disk, mostly of a network, that knows no locks
         pass
     try:

@@ -427,8 +427,8 @@ def ablation(args, run):
     jobs = [(name, seed) for seed in range(args.seeds) for name in (*VARIANTS, "scratch")]
     context = torch.multiprocessing.get_context("spawn")  # a forked child would inherit half of torch's threads
     with ProcessPoolExecutor(args.workers, mp_context=context, initializer=end_with_parent) as pool:
-        waiting = {pool.submit(ablation_job, args, *job): job for job in jobs}
         try:
+            waiting = {pool.submit(ablation_job, args, *job): job for job in jobs}
             for job in progress(as_completed(waiting), "ablation", total=len(jobs)):
                 name, seed = waiting[job]
                 try:

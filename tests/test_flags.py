@@ -1,0 +1,229 @@
+"""Every flag of every script changes something, and --help tells what: nothing is parsed and never read.
+
+Training and judging are replaced by recorders, so what counts as changed is: what they are given, what is written, what
+is said, and the exit code.
+"""
+
+import argparse
+from concurrent.futures import Future
+import contextlib
+import functools
+import shutil
+import types
+
+import pytest
+import torch
+
+import data
+import dmd_refine
+import evaluate
+import meanflow_td
+import toy2d
+from test_evaluate import FakeNet, fake, make_folder  # noqa: F401
+
+SCRIPTS = {"data": data, "meanflow_td": meanflow_td, "dmd_refine": dmd_refine, "evaluate": evaluate, "toy2d": toy2d}
+RUN = "--quick --teacher-steps 1 --td-steps 1"
+
+# script: what is always given, and for each flag what is given without it and with it
+FLAGS = {
+    "meanflow_td": (RUN, {
+        "--data": ("--data-dir IMAGES", "--data-dir IMAGES --data folder"),
+        "--data-dir": ("--data folder --data-dir IMAGES", "--data folder --data-dir OTHERS"),
+        "--size": ("", "--size 32"), "--out": ("--out A", "--out B"), "--device": ("", "--device warp"),
+        "--quick": ("", "NO --quick"), "--seed": ("", "--seed 5"), "--teacher-steps": ("", "--teacher-steps 2"),
+        "--td-steps": ("", "--td-steps 2"), "--w": ("", "--w 1.5"),
+    }),
+    "dmd_refine": ("--quick", {
+        "--data": ("--out BEGUN --data-dir IMAGES", "--out BEGUN --data-dir IMAGES --data folder"),
+        "--data-dir": ("--out BEGUN --data folder", "--out BEGUN --data folder --data-dir IMAGES"),
+        "--size": ("--out BEGUN", "--out BEGUN --size 32"), "--out": ("--out BEGUN", "--out A"),
+        "--device": ("--out BEGUN", "--out BEGUN --device warp"), "--quick": ("--out BEGUN", "NO --quick --out BEGUN"),
+    } | {flag: ("--out BEGUN", f"--out BEGUN {flag} {value}") for flag, value in {
+        "--name": "other", "--seed": 3, "--refine-steps": 2, "--pooling": "mean", "--init": "teacher",
+        "--lambda-adv": 0.2, "--lambda-td": 0.5, "--student-steps": 2, "--ablation": ""}.items()
+    } | {flag: ("--out BEGUN --ablation", f"--out BEGUN --ablation {flag} {value}") for flag, value in {
+        "--seeds": 2, "--workers": 3, "--count": 200}.items()
+    }),
+    "evaluate": ("", {
+        "--data": ("--out BEGUN", "--out BEGUN --data glyphs"),
+        "--data-dir": ("--out BEGUN --data folder", "--out BEGUN --data folder --data-dir IMAGES"),
+        "--size": ("--out BEGUN --data glyphs", "--out BEGUN --data glyphs --size 32"),
+        "--quick": ("--out BEGUN --data glyphs", "--out BEGUN --data glyphs --quick"),
+        "--count": ("--out BEGUN --data glyphs", "--out BEGUN --data glyphs --count 200"),
+        "--device": ("--flops", "--flops --device warp"), "--flops": ("", "--flops"),
+        "--images": ("--reference glyphs", "--reference glyphs --allow-small --images IMAGES"),
+    } | {flag: (f"--images IMAGES {' '.join(without)}", f"--images IMAGES {' '.join(given)}") for flag, without, given in [
+        ("--reference", ["--allow-small"], ["--allow-small", "--reference glyphs"]),
+        ("--allow-small", ["--reference glyphs"], ["--reference glyphs --allow-small"]),
+        ("--save-npz", ["--reference glyphs --allow-small"], ["--reference glyphs --allow-small --save-npz A/x.npz"]),
+        ("--inception-weights", ["--reference glyphs --allow-small"],
+         ["--reference glyphs --allow-small --inception-weights x.pth"]),
+        ("--resize", ["--reference glyphs --allow-small"], ["--reference glyphs --allow-small --resize torch"]),
+        ("--glyphs", ["--reference glyphs --allow-small"], ["--reference glyphs --allow-small --glyphs 30"]),
+        ("--batch", ["--reference glyphs --allow-small"], ["--reference glyphs --allow-small --batch 3"]),
+        ("--out", ["--reference glyphs --allow-small"], ["--reference glyphs --allow-small --out B"])]
+    }),
+    "toy2d": ("--quick", {
+        "--data": ("", "--data rings"), "--seeds": ("", "--seeds 2"), "--seed": ("", "--seed 4"), "--out": ("", "--out B"),
+        "--device": ("", "--device warp"), "--quick": ("", "NO --quick"), "--unify": ("", "--unify"),
+        "--teacher-steps": ("", "--teacher-steps 7"), "--td-steps": ("", "--td-steps 7"),
+        "--refine-steps": ("", "--refine-steps 7"),
+    }),
+    "data": ("--encode --data-dir IMAGES --vae vae.pt --cache A", {
+        "--encode": ("", "NO --encode"), "--data-dir": ("", "--data-dir OTHERS"), "--cache": ("", "--cache B"),
+        "--vae": ("", "--vae other.pt"), "--size": ("", "--size 64"), "--batch": ("", "--batch 3"),
+        "--device": ("", "--device warp"), "--strict": ("", "--strict"), "--shard-images": ("", "--shard-images 7"),
+    }),
+}  # fmt: skip
+
+
+class Parsed(Exception):
+    pass
+
+
+def parser_of(script, monkeypatch):
+    """The ArgumentParser that a script makes."""
+
+    def stop(parser, *arguments):
+        raise Parsed(parser)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(Parsed) as parsed:
+            SCRIPTS[script].main([])
+    return parsed.value.args[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_flag_and_every_flag_is_tried_here(script, monkeypatch):
+    parser = parser_of(script, monkeypatch)
+    flags = {action.option_strings[0] for action in parser._actions} - {"-h"}
+    assert flags == FLAGS[script][1].keys()
+    text = parser.format_help()
+    for action in parser._actions:
+        assert action.help and len(action.help) > 5 and f"{action.option_strings[0]}" in text
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """What the words in capitals stand for: two folders of images, and a run with a teacher and a TD student."""
+    root = tmp_path_factory.mktemp("places")
+    make_folder(root / "IMAGES", 12)
+    make_folder(root / "OTHERS", 9, seed=3)
+    meanflow_td.main([*RUN.split(), "--out", str(root / "BEGUN")])
+    return root
+
+
+class Recorder:
+    """Stands in for what takes long, and notes what it is given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def note(self, name, *things):
+        self.calls.append((name, *map(self.told, things)))
+
+    @staticmethod
+    def told(thing):
+        """Something to compare: networks by their weights, functions by nothing."""
+        if isinstance(thing, torch.nn.Module):
+            parts = [round(p.double().abs().sum().item(), 6) for p in thing.parameters()]
+            return type(thing).__name__, parts, getattr(thing, "w", None)
+        if isinstance(thing, functools.partial):
+            return Recorder.told(thing.keywords)
+        if isinstance(thing, dict):
+            return {key: Recorder.told(value) for key, value in thing.items()}
+        return repr(thing) if isinstance(thing, (int, float, str, tuple, list, type(None))) else type(thing).__name__
+
+    def train(self, net, draw, objective, **settings):
+        self.note("train", net, objective, settings)
+        return net.requires_grad_(False), []
+
+    def refine(self, student, teacher, fake, draw, **settings):
+        pooling = [head.pooling for head in settings["discriminator"].heads] if settings.get("discriminator") else None
+        self.note("refine", student, teacher, pooling, settings)
+        return student.requires_grad_(False), []
+
+    def pool(self, workers, **options):
+        """A ProcessPoolExecutor that does nothing."""
+
+        def submit(job, *arguments):
+            self.note("job", *arguments[1:])
+            done = Future()
+            done.set_result(None)
+            return done
+
+        self.note("pool", workers)
+        return contextlib.nullcontext(types.SimpleNamespace(submit=submit, shutdown=None))
+
+
+@pytest.fixture
+def recorded(monkeypatch, fake):  # noqa: F811
+    recorder = Recorder()
+    monkeypatch.setattr(meanflow_td, "train", recorder.train)
+    monkeypatch.setattr(toy2d, "train", recorder.train)
+    monkeypatch.setattr(toy2d, "refine", recorder.refine)
+    monkeypatch.setattr(dmd_refine, "refine", recorder.refine)
+    monkeypatch.setattr(dmd_refine, "plot_attention", lambda *_, **__: None)
+    monkeypatch.setattr(dmd_refine, "ProcessPoolExecutor", recorder.pool)
+    monkeypatch.setattr(dmd_refine, "evaluate_run", lambda run, count: recorder.note("evaluate_run", count) or [])
+    monkeypatch.setattr(dmd_refine, "gradient_variance", lambda run, seed: {"seed": seed, "data": 2.0, "teacher": 1.0})
+    monkeypatch.setattr(dmd_refine, "plot_ablation", lambda *_: None)
+    monkeypatch.setattr(evaluate, "evaluate_run", lambda run, count: recorder.note("evaluate_run", run.plan, count))
+    monkeypatch.setattr(evaluate, "load_inception",
+                        lambda path: recorder.note("inception", str(path)) or (FakeNet(), "6726825d" + 56 * "0"))
+    net_of_extract = evaluate.extract
+    monkeypatch.setattr(evaluate, "extract", lambda *args, **options: recorder.note(
+        "extract", {key: value for key, value in options.items() if key != "keep"}) or net_of_extract(*args, **options))
+    monkeypatch.setattr(evaluate, "flops_table", lambda: {"a": 1.0})
+    monkeypatch.setattr(toy2d, "report", lambda *_: None)
+    tiny = dict(widths=(4, 6), hd_width=4, unify_widths=(4,), unify_rounds=2, samples=100, ode_steps=2)
+    for plan in ("quick", "default"):
+        monkeypatch.setitem(toy2d.PLANS, plan, toy2d.PLANS[plan] | tiny)
+    monkeypatch.setattr(data, "load_vae", lambda path: (torch.nn.Linear(1, 1), f"sha of {path}"))
+    monkeypatch.setattr(data, "encode_folder", lambda folder, vae, cache, **options: recorder.note(
+        "encode", folder.size, len(folder), folder.root.name, cache.name, options))
+    monkeypatch.setattr(data, "code_version", lambda: "0" * 8)
+    return recorder
+
+
+def observe(script, arguments, root, recorder, capsys):
+    """All that a command does: exit code, what is said, the configuration, what the recorders noted."""
+    recorder.calls.clear()
+    code = 0
+    try:
+        SCRIPTS[script].main([str(root / word) if word[:1].isupper() else word for word in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    told = capsys.readouterr()
+    configs = {path.parent.name: path.read_text() for path in sorted(root.glob("*/config.json"))}
+    files = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and "cache" not in path.parts)
+    assert "Traceback" not in told.err
+    return code, told.err.splitlines()[-1:], configs, files, recorder.calls.copy()
+
+
+@pytest.mark.parametrize("script, flag", [(script, flag) for script in FLAGS for flag in FLAGS[script][1]])
+def test_every_flag_changes_something(script, flag, tmp_path, places, recorded, monkeypatch, capsys):
+    always, pairs = FLAGS[script]
+    monkeypatch.chdir(tmp_path)
+    seen, began = [], []
+    for i, given in enumerate(pairs[flag]):
+        root = tmp_path / str(i) / "root"  # of one name, as it is seen in what is written
+        shutil.copytree(places, root)
+        words = given.replace("NO ", "NO_").split()
+        words = [*[word for word in always.split() if f"NO_{word}" not in words],
+                 *[word for word in words if not word.startswith("NO_")]]  # fmt: skip
+        if "--out" not in words and script != "data":
+            words += ["--out", "A"]
+        began.append(words)
+        result = observe(script, words, root, recorded, capsys)
+        seen.append(eval(repr(result).replace(str(root), "ROOT")))
+    assert seen[0] != seen[1], f"{script}.py {' '.join(began[1])} does what {' '.join(began[0])} does"
+    fine = [result[0] == 0 for result in seen]
+    assert any(fine) or flag == "--data-dir" or script == "evaluate", (began, seen)
+
+
+def test_a_flag_that_is_never_read_would_be_seen(tmp_path, places, recorded, capsys):
+    same = [observe("meanflow_td", [*RUN.split(), "--out", str(tmp_path / name)], places, recorded, capsys)
+            for name in ("one", "two")]  # fmt: skip
+    assert same[0] == same[1] and same[0][0] == 0 and len(same[0][4]) == 2
