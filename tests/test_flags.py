@@ -23,6 +23,7 @@ from test_evaluate import FakeNet, fake, make_folder  # noqa: F401
 
 SCRIPTS = {"data": data, "meanflow_td": meanflow_td, "dmd_refine": dmd_refine, "evaluate": evaluate, "toy2d": toy2d}
 RUN = "--quick --teacher-steps 1 --td-steps 1"
+SCORE = "--allow-small --images IMAGES --reference glyphs"
 
 # script: what is always given, and for each flag what is given without it and with it
 FLAGS = {
@@ -30,47 +31,42 @@ FLAGS = {
         "--data": ("--data-dir IMAGES", "--data-dir IMAGES --data folder"),
         "--data-dir": ("--data folder --data-dir IMAGES", "--data folder --data-dir OTHERS"),
         "--size": ("", "--size 32"), "--out": ("--out A", "--out B"), "--device": ("", "--device warp"),
-        "--quick": ("", "NO --quick"), "--seed": ("", "--seed 5"), "--teacher-steps": ("", "--teacher-steps 2"),
+        "--quick": ("", "NO_--quick"), "--seed": ("", "--seed 5"), "--teacher-steps": ("", "--teacher-steps 2"),
         "--td-steps": ("", "--td-steps 2"), "--w": ("", "--w 1.5"),
     }),
     "dmd_refine": ("--quick", {
         "--data": ("--out BEGUN --data-dir IMAGES", "--out BEGUN --data-dir IMAGES --data folder"),
         "--data-dir": ("--out BEGUN --data folder", "--out BEGUN --data folder --data-dir IMAGES"),
         "--size": ("--out BEGUN", "--out BEGUN --size 32"), "--out": ("--out BEGUN", "--out A"),
-        "--device": ("--out BEGUN", "--out BEGUN --device warp"), "--quick": ("--out BEGUN", "NO --quick --out BEGUN"),
+        "--device": ("--out BEGUN", "--out BEGUN --device warp"), "--quick": ("--out BEGUN", "NO_--quick --out BEGUN"),
     } | {flag: ("--out BEGUN", f"--out BEGUN {flag} {value}") for flag, value in {
         "--name": "other", "--seed": 3, "--refine-steps": 2, "--pooling": "mean", "--init": "teacher",
         "--lambda-adv": 0.2, "--lambda-td": 0.5, "--student-steps": 2, "--ablation": ""}.items()
     } | {flag: ("--out BEGUN --ablation", f"--out BEGUN --ablation {flag} {value}") for flag, value in {
         "--seeds": 2, "--workers": 3, "--count": 200}.items()
     }),
-    "evaluate": ("", {
+    "evaluate": ("--glyphs 20", {
         "--data": ("--out BEGUN", "--out BEGUN --data glyphs"),
         "--data-dir": ("--out BEGUN --data folder", "--out BEGUN --data folder --data-dir IMAGES"),
         "--size": ("--out BEGUN --data glyphs", "--out BEGUN --data glyphs --size 32"),
         "--quick": ("--out BEGUN --data glyphs", "--out BEGUN --data glyphs --quick"),
         "--count": ("--out BEGUN --data glyphs", "--out BEGUN --data glyphs --count 200"),
         "--device": ("--flops", "--flops --device warp"), "--flops": ("", "--flops"),
-        "--images": ("--reference glyphs", "--reference glyphs --allow-small --images IMAGES"),
-    } | {flag: (f"--images IMAGES {' '.join(without)}", f"--images IMAGES {' '.join(given)}") for flag, without, given in [
-        ("--reference", ["--allow-small"], ["--allow-small", "--reference glyphs"]),
-        ("--allow-small", ["--reference glyphs"], ["--reference glyphs --allow-small"]),
-        ("--save-npz", ["--reference glyphs --allow-small"], ["--reference glyphs --allow-small --save-npz A/x.npz"]),
-        ("--inception-weights", ["--reference glyphs --allow-small"],
-         ["--reference glyphs --allow-small --inception-weights x.pth"]),
-        ("--resize", ["--reference glyphs --allow-small"], ["--reference glyphs --allow-small --resize torch"]),
-        ("--glyphs", ["--reference glyphs --allow-small"], ["--reference glyphs --allow-small --glyphs 30"]),
-        ("--batch", ["--reference glyphs --allow-small"], ["--reference glyphs --allow-small --batch 3"]),
-        ("--out", ["--reference glyphs --allow-small"], ["--reference glyphs --allow-small --out B"])]
+        "--images": ("--allow-small --reference glyphs", "--allow-small --reference glyphs --images IMAGES"),
+        "--reference": ("--allow-small --images IMAGES", "--allow-small --images IMAGES --reference glyphs"),
+        "--allow-small": ("--images IMAGES --reference glyphs", "--images IMAGES --reference glyphs --allow-small"),
+    } | {flag: (SCORE, f"{SCORE} {flag} {value}") for flag, value in {
+        "--save-npz": "A/x.npz", "--inception-weights": "x.pth", "--resize": "torch", "--glyphs": 30, "--batch": 3,
+        "--out": "B"}.items()
     }),
     "toy2d": ("--quick", {
-        "--data": ("", "--data rings"), "--seeds": ("", "--seeds 2"), "--seed": ("", "--seed 4"), "--out": ("", "--out B"),
-        "--device": ("", "--device warp"), "--quick": ("", "NO --quick"), "--unify": ("", "--unify"),
+        "--data": ("", "--data rings"), "--seeds": ("", "--seeds 2"), "--seed": ("", "--seed 4"),
+        "--out": ("", "--out B"), "--device": ("", "--device warp"), "--quick": ("", "NO_--quick"), "--unify": ("", "--unify"),
         "--teacher-steps": ("", "--teacher-steps 7"), "--td-steps": ("", "--td-steps 7"),
         "--refine-steps": ("", "--refine-steps 7"),
     }),
     "data": ("--encode --data-dir IMAGES --vae vae.pt --cache A", {
-        "--encode": ("", "NO --encode"), "--data-dir": ("", "--data-dir OTHERS"), "--cache": ("", "--cache B"),
+        "--encode": ("", "NO_--encode"), "--data-dir": ("", "--data-dir OTHERS"), "--cache": ("", "--cache B"),
         "--vae": ("", "--vae other.pt"), "--size": ("", "--size 64"), "--batch": ("", "--batch 3"),
         "--device": ("", "--device warp"), "--strict": ("", "--strict"), "--shard-images": ("", "--shard-images 7"),
     }),
@@ -172,9 +168,9 @@ def recorded(monkeypatch, fake):  # noqa: F811
     monkeypatch.setattr(evaluate, "evaluate_run", lambda run, count: recorder.note("evaluate_run", run.plan, count))
     monkeypatch.setattr(evaluate, "load_inception",
                         lambda path: recorder.note("inception", str(path)) or (FakeNet(), "6726825d" + 56 * "0"))
-    net_of_extract = evaluate.extract
-    monkeypatch.setattr(evaluate, "extract", lambda *args, **options: recorder.note(
-        "extract", {key: value for key, value in options.items() if key != "keep"}) or net_of_extract(*args, **options))
+    extract = evaluate.extract
+    monkeypatch.setattr(evaluate, "extract", lambda net, source, *args, **options: recorder.note(
+        "extract", len(source), options["resize"], options["batch"]) or extract(net, source, *args, **options))
     monkeypatch.setattr(evaluate, "flops_table", lambda: {"a": 1.0})
     monkeypatch.setattr(toy2d, "report", lambda *_: None)
     tiny = dict(widths=(4, 6), hd_width=4, unify_widths=(4,), unify_rounds=2, samples=100, ode_steps=2)
@@ -197,7 +193,7 @@ def observe(script, arguments, root, recorder, capsys):
         code = stop.code
     told = capsys.readouterr()
     configs = {path.parent.name: path.read_text() for path in sorted(root.glob("*/config.json"))}
-    files = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and "cache" not in path.parts)
+    files = sorted(str(path.relative_to(root)) for path in root.rglob("*") if "cache" not in path.parts)
     assert "Traceback" not in told.err
     return code, told.err.splitlines()[-1:], configs, files, recorder.calls.copy()
 
@@ -206,20 +202,20 @@ def observe(script, arguments, root, recorder, capsys):
 def test_every_flag_changes_something(script, flag, tmp_path, places, recorded, monkeypatch, capsys):
     always, pairs = FLAGS[script]
     monkeypatch.chdir(tmp_path)
-    seen, began = [], []
+    seen, began, fine = [], [], []
     for i, given in enumerate(pairs[flag]):
         root = tmp_path / str(i) / "root"  # of one name, as it is seen in what is written
         shutil.copytree(places, root)
-        words = given.replace("NO ", "NO_").split()
+        words = given.split()
         words = [*[word for word in always.split() if f"NO_{word}" not in words],
                  *[word for word in words if not word.startswith("NO_")]]  # fmt: skip
         if "--out" not in words and script != "data":
             words += ["--out", "A"]
         began.append(words)
         result = observe(script, words, root, recorded, capsys)
-        seen.append(eval(repr(result).replace(str(root), "ROOT")))
+        fine.append(result[0] == 0)
+        seen.append(repr(result).replace(str(root), "ROOT"))
     assert seen[0] != seen[1], f"{script}.py {' '.join(began[1])} does what {' '.join(began[0])} does"
-    fine = [result[0] == 0 for result in seen]
     assert any(fine) or flag == "--data-dir" or script == "evaluate", (began, seen)
 
 
