@@ -525,7 +525,8 @@ class ImageRun:
         """The frozen network of a finished stage. BadInput if it is not finished."""
         state = self.folder.finished(name)
         if state is None:
-            raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with the same --data first")
+            raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with the same --data "
+                           "first")  # fmt: skip
         net = self.network("", two_times)
         net.load_state_dict(state["net"])
         return net.requires_grad_(False)
