@@ -216,7 +216,7 @@ def check_finite(where, rows=None, du_dt=None, **terms):
         return
 
     def told(value):  # JSON has no NaN
-        number = float(value)
+        number = value.item()
         return number if math.isfinite(number) else str(number)
 
     values = {key: told(value.detach().float().mean()) for key, value in terms.items()}
