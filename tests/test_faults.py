@@ -435,7 +435,7 @@ def watched(draw):
     return drawn, seen
 points = partial(toy2d.draw_points, data.DENSITIES["checkerboard"]())
 glyphs = data.Glyphs(16)
-keep = lambda name: data.Keep(data.RunFolder(sys.argv[1], {}), name)
+keep = lambda name: data.Keep(data.RunFolder(sys.argv[1], {"flat": {}}), name)
 mlp = lambda two: models.VelocityMLP(2, 8, 3, two)
 dit = lambda two: models.Teacher(models.DiT(16, 4, 1, 16, 1, 2, num_classes=10, two_times=two))
 data.Keep.EVERY = 0.2
