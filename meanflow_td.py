@@ -25,6 +25,7 @@ dmd_refine.py, starts from there.
 
     python toy2d.py                            # points in the plane call the functions here
     python meanflow_td.py --data glyphs        # images: trains the teacher, then the TD student
+    python meanflow_td.py --data imagenet --dry-run       # the main experiment: what it takes, and what is missing
 
 Departures from MeanFlow: which times are drawn (`draw_times`), and a teacher's velocity in the place of eps - x_0.
 """
@@ -281,8 +282,8 @@ def backward_in_parts(batch, accumulate, loss_of, context):
     if accumulate == 1:
         return loss, terms[0]
     # a part may have no row of the kind that a term is the mean of: then it is NaN there
-    means = {name: torch.stack([told[name].detach() for told in terms]).nanmean()
-             for name in terms[0] if name != "rows"}  # fmt: skip
+    names = [name for name in terms[0] if name != "rows"]
+    means = {name: torch.stack([told[name].detach() for told in terms]).nanmean() for name in names}
     if "rows" in terms[0]:  # back in the batch's order
         order = torch.cat([torch.arange(batch)[rows] for rows, _ in in_parts(batch, accumulate)]).argsort()
         means["rows"] = {key: torch.cat([told["rows"][key].cpu() for told in terms])[order] for key in terms[0]["rows"]}
@@ -294,9 +295,8 @@ def teacher_objective(net, x_0, y, eps, generator, *, null_class=None, rows=slic
 
     null_class: the label that takes the place of one in ten, so that the network also knows the velocity of all classes
     together, which guidance needs (Ho & Salimans, arXiv 2207.12598). rows: of these alone the loss is, while random
-    numbers are drawn for all, so that they do not depend on the parts a batch is taken in.
-    Returns the loss and terms to log; of these, "rows" are for each row of the batch, and not logged but reported if
-    the loss is not finite.
+    numbers are drawn for all, so that they do not depend on the parts a batch is taken in. Returns the loss and terms
+    to log; of these, "rows" are for each row of the batch, and not logged but reported if the loss is not finite.
     """
     # OURS: uniform times. The edges of a density are drawn at small t, which logit-normal times seldom see.
     t = torch.rand(len(x_0), generator=generator, device=x_0.device)
@@ -525,7 +525,8 @@ class ImageRun:
         """The frozen network of a finished stage. BadInput if it is not finished."""
         state = self.folder.finished(name)
         if state is None:
-            raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with this --data first")
+            raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with the same --data "
+                           "first")  # fmt: skip
         net = self.network("", two_times)
         net.load_state_dict(state["net"])
         return net.requires_grad_(False)

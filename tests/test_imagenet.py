@@ -91,7 +91,7 @@ def trained(made):
 def test_the_chain(made, trained, tmp_path):
     """Encode, TD, refine, sample, score: what each leaves is what the next one takes."""
     config = json.loads((trained / "config.json").read_text())
-    assert list(config) == ["network", "td", "data", "hd", "sha256"]
+    assert {"network", "td", "data", "hd"} <= set(config) and "teacher" not in config
     assert config["network"] == {"wrapper": "SiTTeacher", **TINY, "mlp_ratio": 4.0}
     assert config["data"]["latent"] == [4, 8, 8] and config["data"]["size"] == 64
     assert config["data"]["vae sha256"] == data.sha256_file(made / "vae.pt")
@@ -292,6 +292,14 @@ def test_the_dry_run_adds_up(tmp_path, monkeypatch):
         assert rows["sum"][column] == pytest.approx(sum(parts), abs=0.03)
     assert rows["activations"][1] > rows["activations"][0] > 100
     assert "42.0 GB of disk" in said
+
+
+def test_the_presets_are_two_sizes_of_student(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    said = [script(meanflow_td, "--data", "imagenet", "--dry-run", "--preset", f"imagenet256-{size}")[1]
+            for size in ("xl2", "b4")]  # fmt: skip
+    sizes = [int(re.findall(r"([\d,]+)  numbers in the", text)[1].replace(",", "")) for text in said]
+    assert sizes[0] > 675_129_632 and 120e6 < sizes[1] < 140e6
 
 
 def test_activations_are_what_autograd_keeps():
