@@ -11,6 +11,7 @@ from pathlib import Path
 import random
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -33,6 +34,7 @@ def work(script, arguments, last, written):
     """A script's main as a process of its own. last: a folder that gets what finished stages had last saved on their
     way, nets and optimisers. written: a shared number, of the files written so far."""
     torch.set_num_threads(1)
+    data.tqdm.set_lock(threading.RLock())  # else a semaphore of the system is left behind by each kill
     sys.stdout = sys.stderr = open(os.devnull, "w")
     toy2d.PLANS["quick"] = TOY
     train_classifier, write_whole = evaluate.train_classifier, data.write_whole
