@@ -216,7 +216,7 @@ def check_finite(where, rows=None, du_dt=None, **terms):
         return
 
     def told(value):  # JSON has no NaN
-        number = float(value)
+        number = value.item()
         return number if math.isfinite(number) else str(number)
 
     values = {key: told(value.detach().float().mean()) for key, value in terms.items()}
@@ -525,7 +525,8 @@ class ImageRun:
         """The frozen network of a finished stage. BadInput if it is not finished."""
         state = self.folder.finished(name)
         if state is None:
-            raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with this --data first")
+            raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with the same --data "
+                           "first")  # fmt: skip
         net = self.network("", two_times)
         net.load_state_dict(state["net"])
         return net.requires_grad_(False)
@@ -741,13 +742,10 @@ def add_run_arguments(parser):
                         help="pixels; of imagenet, the teacher tells them (default: %(default)s)")  # fmt: skip
     parser.add_argument("--out", help="run folder (default: runs/glyphs, and for other data or sizes runs/...)")
     imagenet = parser.add_argument_group("for --data imagenet")
-    imagenet.add_argument("--cache", help="latents, of `python data.py --encode`; without, images are encoded as drawn")
     imagenet.add_argument("--teacher", default="SiT-XL/2", metavar="SiT-XL/2|DiT-XL/2|PATH",
                           help="published, or a file with SiT or DiT in its name (default: %(default)s)")  # fmt: skip
     imagenet.add_argument("--vae", default="ema", metavar="ema|mse|PATH",
                           help="weights of Stable Diffusion's VAE (default: %(default)s)")  # fmt: skip
-    imagenet.add_argument("--preset", choices=("imagenet256-xl2", "imagenet256-b4"), default="imagenet256-xl2",
-                          help="xl2: a student like the teacher; b4: a small one (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="everything, small: to see that it works, not how well")
 
@@ -761,6 +759,9 @@ def add_training_arguments(parser):
                         help="take a batch in N parts: less memory, the same gradient (default: %(default)s)")
     parser.add_argument("--checkpointing", action="store_true",
                         help="keep less of a pass and compute it again: less memory, a third more time")
+    parser.add_argument("--cache", help="of imagenet: latents by `data.py --encode`; else images are encoded as drawn")
+    parser.add_argument("--preset", choices=("imagenet256-xl2", "imagenet256-b4"), default="imagenet256-xl2",
+                        help="of imagenet, xl2: a student like the teacher; b4: a small one (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true",
                         help="of --data imagenet: print sizes, memory and what is missing, and stop")  # fmt: skip
 

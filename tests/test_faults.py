@@ -363,7 +363,7 @@ def test_a_damaged_teacher_is_put_aside_and_named(tmp_path, capsys, whole):
     assert end(dmd_refine, "--quick", "--out", out) == 2
     told = capsys.readouterr()
     assert "teacher.pt is damaged (it is not what its sha256 says); kept as teacher.pt.damaged" in told.out
-    assert told.err.strip().endswith("holds no finished teacher: run meanflow_td.py with the same --data first")
+    assert f"{out} holds no finished teacher: run meanflow_td.py" in told.err
     assert end(meanflow_td, *TEACHER, "--out", out) == 0
     assert equal(weights(out, "teacher"), weights(whole, "teacher"))
 

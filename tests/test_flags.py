@@ -8,6 +8,7 @@ import argparse
 from concurrent.futures import Future
 import contextlib
 import functools
+from pathlib import Path
 import shutil
 import types
 
@@ -23,6 +24,13 @@ from test_evaluate import FakeNet, fake, make_folder  # noqa: F401
 
 SCRIPTS = {"data": data, "meanflow_td": meanflow_td, "dmd_refine": dmd_refine, "evaluate": evaluate, "toy2d": toy2d}
 RUN = "--quick --teacher-steps 1 --td-steps 1"
+SCORE = "--allow-small --images IMAGES --reference glyphs"
+SAMPLE = "--out BEGUN --sample 2 --samples-out A --sampler heun --steps 2"
+DRY = "NO_--quick --data imagenet --dry-run"
+COMPUTED = {"--batch": 7, "--amp": "bf16", "--accumulate": 2, "--checkpointing": "", "--dry-run": ""}
+# flags of real networks, which test_imagenet.py makes
+IMAGENET = {"meanflow_td": {"--cache", "--teacher", "--vae"}, "dmd_refine": {"--cache", "--teacher", "--vae"},
+            "evaluate": {"--teacher", "--vae"}}  # fmt: skip
 
 # script: what is always given, and for each flag what is given without it and with it
 FLAGS = {
@@ -30,47 +38,51 @@ FLAGS = {
         "--data": ("--data-dir IMAGES", "--data-dir IMAGES --data folder"),
         "--data-dir": ("--data folder --data-dir IMAGES", "--data folder --data-dir OTHERS"),
         "--size": ("", "--size 32"), "--out": ("--out A", "--out B"), "--device": ("", "--device warp"),
-        "--quick": ("", "NO --quick"), "--seed": ("", "--seed 5"), "--teacher-steps": ("", "--teacher-steps 2"),
-        "--td-steps": ("", "--td-steps 2"), "--w": ("", "--w 1.5"),
-    }),
+        "--quick": ("", "NO_--quick"), "--seed": ("", "--seed 5"), "--teacher-steps": ("", "--teacher-steps 2"),
+        "--td-steps": ("", "--td-steps 2"), "--w": ("", "--w 1.5"), "--cfg-channels": ("", "--cfg-channels 2"),
+        "--preset": (DRY, f"{DRY} --preset imagenet256-b4"),
+    } | {flag: ("", f"{flag} {value}") for flag, value in COMPUTED.items()}),
     "dmd_refine": ("--quick", {
         "--data": ("--out BEGUN --data-dir IMAGES", "--out BEGUN --data-dir IMAGES --data folder"),
         "--data-dir": ("--out BEGUN --data folder", "--out BEGUN --data folder --data-dir IMAGES"),
         "--size": ("--out BEGUN", "--out BEGUN --size 32"), "--out": ("--out BEGUN", "--out A"),
-        "--device": ("--out BEGUN", "--out BEGUN --device warp"), "--quick": ("--out BEGUN", "NO --quick --out BEGUN"),
+        "--device": ("--out BEGUN", "--out BEGUN --device warp"), "--quick": ("--out BEGUN", "NO_--quick --out BEGUN"),
+        "--preset": (DRY, f"{DRY} --preset imagenet256-b4"),
     } | {flag: ("--out BEGUN", f"--out BEGUN {flag} {value}") for flag, value in {
         "--name": "other", "--seed": 3, "--refine-steps": 2, "--pooling": "mean", "--init": "teacher",
-        "--lambda-adv": 0.2, "--lambda-td": 0.5, "--student-steps": 2, "--ablation": ""}.items()
+        "--lambda-adv": 0.2, "--lambda-td": 0.5, "--student-steps": 2, "--taps": 1, "--ablation": "",
+        **COMPUTED}.items()
     } | {flag: ("--out BEGUN --ablation", f"--out BEGUN --ablation {flag} {value}") for flag, value in {
         "--seeds": 2, "--workers": 3, "--count": 200}.items()
     }),
-    "evaluate": ("", {
+    "evaluate": ("--glyphs 20", {
         "--data": ("--out BEGUN", "--out BEGUN --data glyphs"),
         "--data-dir": ("--out BEGUN --data folder", "--out BEGUN --data folder --data-dir IMAGES"),
         "--size": ("--out BEGUN --data glyphs", "--out BEGUN --data glyphs --size 32"),
         "--quick": ("--out BEGUN --data glyphs", "--out BEGUN --data glyphs --quick"),
         "--count": ("--out BEGUN --data glyphs", "--out BEGUN --data glyphs --count 200"),
         "--device": ("--flops", "--flops --device warp"), "--flops": ("", "--flops"),
-        "--images": ("--reference glyphs", "--reference glyphs --allow-small --images IMAGES"),
-    } | {flag: (f"--images IMAGES {' '.join(without)}", f"--images IMAGES {' '.join(given)}") for flag, without, given in [
-        ("--reference", ["--allow-small"], ["--allow-small", "--reference glyphs"]),
-        ("--allow-small", ["--reference glyphs"], ["--reference glyphs --allow-small"]),
-        ("--save-npz", ["--reference glyphs --allow-small"], ["--reference glyphs --allow-small --save-npz A/x.npz"]),
-        ("--inception-weights", ["--reference glyphs --allow-small"],
-         ["--reference glyphs --allow-small --inception-weights x.pth"]),
-        ("--resize", ["--reference glyphs --allow-small"], ["--reference glyphs --allow-small --resize torch"]),
-        ("--glyphs", ["--reference glyphs --allow-small"], ["--reference glyphs --allow-small --glyphs 30"]),
-        ("--batch", ["--reference glyphs --allow-small"], ["--reference glyphs --allow-small --batch 3"]),
-        ("--out", ["--reference glyphs --allow-small"], ["--reference glyphs --allow-small --out B"])]
+        "--images": ("--allow-small --reference glyphs", "--allow-small --reference glyphs --images IMAGES"),
+        "--reference": ("--allow-small --images IMAGES", "--allow-small --images IMAGES --reference glyphs"),
+        "--allow-small": ("--images IMAGES --reference glyphs", "--images IMAGES --reference glyphs --allow-small"),
+    } | {flag: (SCORE, f"{SCORE} {flag} {value}") for flag, value in {
+        "--save-npz": "A/x.npz", "--inception-weights": "x.pth", "--resize": "torch", "--glyphs": 30, "--batch": 3,
+        "--out": "B"}.items()
+    } | {flag: (SAMPLE, f"{SAMPLE} {flag} {value}") for flag, value in {
+        "--sample": 3, "--samples-out": "B", "--sampler": "sde", "--steps": 3, "--classes": "balanced", "--seed": 1,
+        "--w": 1.5, "--cfg-channels": 2, "--amp": "bf16"}.items()
+    } | {
+        "--checkpoint": ("--sample 2 --samples-out A", "--sample 2 --samples-out A --checkpoint BEGUN/td.pt"),
+        "--speed-up": ("--out BEGUN --sample 2 --samples-out A", "--out BEGUN --sample 2 --samples-out A --speed-up"),
     }),
     "toy2d": ("--quick", {
-        "--data": ("", "--data rings"), "--seeds": ("", "--seeds 2"), "--seed": ("", "--seed 4"), "--out": ("", "--out B"),
-        "--device": ("", "--device warp"), "--quick": ("", "NO --quick"), "--unify": ("", "--unify"),
-        "--teacher-steps": ("", "--teacher-steps 7"), "--td-steps": ("", "--td-steps 7"),
+        "--data": ("", "--data rings"), "--seeds": ("", "--seeds 2"), "--seed": ("", "--seed 4"),
+        "--out": ("", "--out B"), "--device": ("", "--device warp"), "--quick": ("", "NO_--quick"),
+        "--unify": ("", "--unify"), "--teacher-steps": ("", "--teacher-steps 7"), "--td-steps": ("", "--td-steps 7"),
         "--refine-steps": ("", "--refine-steps 7"),
     }),
     "data": ("--encode --data-dir IMAGES --vae vae.pt --cache A", {
-        "--encode": ("", "NO --encode"), "--data-dir": ("", "--data-dir OTHERS"), "--cache": ("", "--cache B"),
+        "--encode": ("", "NO_--encode"), "--data-dir": ("", "--data-dir OTHERS"), "--cache": ("", "--cache B"),
         "--vae": ("", "--vae other.pt"), "--size": ("", "--size 64"), "--batch": ("", "--batch 3"),
         "--device": ("", "--device warp"), "--strict": ("", "--strict"), "--shard-images": ("", "--shard-images 7"),
     }),
@@ -98,7 +110,9 @@ def parser_of(script, monkeypatch):
 def test_help_names_every_flag_and_every_flag_is_tried_here(script, monkeypatch):
     parser = parser_of(script, monkeypatch)
     flags = {action.option_strings[0] for action in parser._actions} - {"-h"}
-    assert flags == FLAGS[script][1].keys()
+    assert flags == FLAGS[script][1].keys() | IMAGENET.get(script, set())
+    source = Path(__file__).with_name("test_imagenet.py").read_text()
+    assert all(f'"{flag}"' in source for flag in IMAGENET.get(script, ()))
     text = parser.format_help()
     for action in parser._actions:
         assert action.help and len(action.help) > 5 and f"{action.option_strings[0]}" in text
@@ -128,7 +142,8 @@ class Recorder:
         """Something to compare: networks by their weights, functions by nothing."""
         if isinstance(thing, torch.nn.Module):
             parts = [round(p.double().abs().sum().item(), 6) for p in thing.parameters()]
-            return type(thing).__name__, parts, getattr(thing, "w", None)
+            inner = getattr(thing, "net", None)
+            return type(thing).__name__, parts, getattr(thing, "w", None), getattr(inner, "checkpointing", None)
         if isinstance(thing, functools.partial):
             return Recorder.told(thing.keywords)
         if isinstance(thing, dict):
@@ -172,9 +187,11 @@ def recorded(monkeypatch, fake):  # noqa: F811
     monkeypatch.setattr(evaluate, "evaluate_run", lambda run, count: recorder.note("evaluate_run", run.plan, count))
     monkeypatch.setattr(evaluate, "load_inception",
                         lambda path: recorder.note("inception", str(path)) or (FakeNet(), "6726825d" + 56 * "0"))
-    net_of_extract = evaluate.extract
-    monkeypatch.setattr(evaluate, "extract", lambda *args, **options: recorder.note(
-        "extract", {key: value for key, value in options.items() if key != "keep"}) or net_of_extract(*args, **options))
+    extract = evaluate.extract
+    monkeypatch.setattr(evaluate, "extract", lambda net, source, *args, **options: recorder.note(
+        "extract", len(source), options["resize"], options["batch"]) or extract(net, source, *args, **options))
+    monkeypatch.setattr(dmd_refine, "dry_run", lambda args, given: recorder.note("dry", meanflow_td.plan_name(args)))
+    monkeypatch.setattr(evaluate, "speed_up", lambda *_: recorder.note("speed-up"))
     monkeypatch.setattr(evaluate, "flops_table", lambda: {"a": 1.0})
     monkeypatch.setattr(toy2d, "report", lambda *_: None)
     tiny = dict(widths=(4, 6), hd_width=4, unify_widths=(4,), unify_rounds=2, samples=100, ode_steps=2)
@@ -194,10 +211,11 @@ def observe(script, arguments, root, recorder, capsys):
     try:
         SCRIPTS[script].main([str(root / word) if word[:1].isupper() else word for word in arguments])
     except SystemExit as stop:
-        code = stop.code
+        code = stop.code or 0
     told = capsys.readouterr()
-    configs = {path.parent.name: path.read_text() for path in sorted(root.glob("*/config.json"))}
-    files = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and "cache" not in path.parts)
+    configs = {str(path.relative_to(root)): path.read_text() for name in ("config", "fingerprint")
+               for path in sorted(root.glob(f"*/{name}.json"))}  # fmt: skip
+    files = sorted(str(path.relative_to(root)) for path in root.rglob("*") if "cache" not in path.parts)
     assert "Traceback" not in told.err
     return code, told.err.splitlines()[-1:], configs, files, recorder.calls.copy()
 
@@ -206,20 +224,20 @@ def observe(script, arguments, root, recorder, capsys):
 def test_every_flag_changes_something(script, flag, tmp_path, places, recorded, monkeypatch, capsys):
     always, pairs = FLAGS[script]
     monkeypatch.chdir(tmp_path)
-    seen, began = [], []
+    seen, began, fine = [], [], []
     for i, given in enumerate(pairs[flag]):
         root = tmp_path / str(i) / "root"  # of one name, as it is seen in what is written
         shutil.copytree(places, root)
-        words = given.replace("NO ", "NO_").split()
+        words = given.split()
         words = [*[word for word in always.split() if f"NO_{word}" not in words],
                  *[word for word in words if not word.startswith("NO_")]]  # fmt: skip
         if "--out" not in words and script != "data":
             words += ["--out", "A"]
         began.append(words)
         result = observe(script, words, root, recorded, capsys)
-        seen.append(eval(repr(result).replace(str(root), "ROOT")))
+        fine.append(result[0] == 0)
+        seen.append(repr(result).replace(str(root), "ROOT"))
     assert seen[0] != seen[1], f"{script}.py {' '.join(began[1])} does what {' '.join(began[0])} does"
-    fine = [result[0] == 0 for result in seen]
     assert any(fine) or flag == "--data-dir" or script == "evaluate", (began, seen)
 
 

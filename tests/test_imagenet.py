@@ -294,6 +294,14 @@ def test_the_dry_run_adds_up(tmp_path, monkeypatch):
     assert "42.0 GB of disk" in said
 
 
+def test_the_presets_are_two_sizes_of_student(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    said = [script(meanflow_td, "--data", "imagenet", "--dry-run", "--preset", f"imagenet256-{size}")[1]
+            for size in ("xl2", "b4")]  # fmt: skip
+    sizes = [int(re.findall(r"([\d,]+)  numbers in the", text)[1].replace(",", "")) for text in said]
+    assert sizes[0] > 675_129_632 and 120e6 < sizes[1] < 140e6
+
+
 def test_activations_are_what_autograd_keeps():
     """Fake tensors count as real ones do, in both precisions; checkpointing keeps less; rows cost alike."""
     def kept(build, batch, amp, checkpointing=False):

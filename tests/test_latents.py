@@ -233,8 +233,7 @@ def test_cut_off_at_every_rename(made, tmp_path, monkeypatch, after):
 
         monkeypatch.setattr(os, "replace", cut)
         cache = tmp_path / f"cut{stop}"
-        with pytest.raises(KeyboardInterrupt):
-            encode(root, cache=cache)
+        assert encode(root, cache=cache)[0] == 130  # as Ctrl-C would end it
         monkeypatch.setattr(os, "replace", replace)
         there = {p: p.stat().st_ino for p in cache.glob("*.npy")}
         assert encode(root, cache=cache)[0] == 0
