@@ -57,8 +57,8 @@ from meanflow_td import (LOOK_EVERY, TEACHERS, WRAPPERS, ImageRun, add_run_argum
                          flow_matching_loss, generate, in_parts, labelled, learning_rate, meanflow_loss, missing_parts,
                          new_network, open_run, pick, plan_name, sample, share_clipped, student_config,
                          student_objective, teacher_kind)
-from models import (DiT, add_noise, autocast_off, dit_by_name, dit_from_weights, expand_times, frozen_copy, normal_like,
-                    read_weights, update_ema, x0_from_velocity)  # fmt: skip
+from models import (DiT, DiTTeacher, add_noise, autocast_off, dit_by_name, dit_from_weights, expand_times, frozen_copy,
+                    normal_like, read_weights, update_ema, x0_from_velocity)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses
@@ -581,16 +581,18 @@ def memory(stage_1, stage_2, teacher, student, *, batch, amp, checkpointing):
     for wrapper in nets[:3]:
         wrapper.net.checkpointing = checkpointing
 
-    def kept(rows, call):
-        """Saved bytes of call(x, t, y), with one block's own ones where those are made again in the backward pass."""
+    def kept(rows, call, wrapper, block_rows):
+        """Saved bytes of call(x, t, y); where blocks make theirs again in the backward pass, with those of one block of
+        the wrapped net, on block_rows rows."""
         x = torch.randn(rows, known["in_channels"], known["input_size"], known["input_size"])
         t, y = torch.rand(rows), torch.zeros(rows, dtype=torch.int64)
         with autocast(torch.device("cpu"), amp):
             size = saved_bytes(lambda: call(x, t, y), *nets)
+        with autocast(torch.device("cpu"), "off" if isinstance(wrapper, DiTTeacher) else amp):
             if checkpointing:
-                net, tokens = student.net, (known["input_size"] // student.net.patch_size) ** 2
-                width = net.config["hidden_size"]
-                x, c = torch.randn(rows, tokens, width, requires_grad=True), torch.randn(rows, width)
+                net = wrapper.net
+                tokens, width = (known["input_size"] // net.patch_size) ** 2, net.config["hidden_size"]
+                x, c = torch.randn(block_rows, tokens, width, requires_grad=True), torch.randn(block_rows, width)
                 size += saved_bytes(lambda: net.blocks[0](x, c), *nets)
         return size
 
@@ -601,9 +603,9 @@ def memory(stage_1, stage_2, teacher, student, *, batch, amp, checkpointing):
     rows_1, rows_2 = batch
     trained = {"TD": [student], "refinement": [student, fake, discriminator]}
     activations = {
-        "TD": kept(rows_1, lambda x, t, y: student(x, t=t, r=t, y=y).square().sum()),
-        "refinement": max(kept(rows_2, generator_pass),
-                          kept(rows_2, lambda x, t, y: fake(x, t=t, y=y).square().sum())),
+        "TD": kept(rows_1, lambda x, t, y: student(x, t=t, r=t, y=y).square().sum(), student, rows_1),
+        "refinement": max(kept(rows_2, generator_pass, teacher, rows_2 if teacher.w == 1 else 2 * rows_2),
+                          kept(rows_2, lambda x, t, y: fake(x, t=t, y=y).square().sum(), fake, rows_2)),
     }  # fmt: skip
     stages = {}
     for stage, players in trained.items():
