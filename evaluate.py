@@ -1215,8 +1215,9 @@ def main(argv=None):
         with sentences(parser):
             sample_images(args)
         return
-    if args.data == "imagenet":
-        parser.error("of ImageNet, write images by --sample, then score them by --images and --reference")
+    if args.data in ("folder", "imagenet"):
+        parser.error(f"--data {args.data}: the table is made for glyphs. Write images by --sample, then score them by "
+                     "--images and --reference")  # fmt: skip
     if args.data:
         with sentences(parser) as held:
             run = ImageRun(args, {}, needs=["teacher", "td"])

@@ -524,6 +524,19 @@ def test_teachers_samples_do_not_depend_on_the_batch(made, tmp_path, sampler, ki
     assert abs(found[0] - found[1]).max() <= 1 and len(np.unique(found[0])) > 5  # rounding alone
 
 
+def test_guidance_of_a_teachers_samples_is_what_the_flags_say(made, tmp_path):
+    """--w counts, --cfg-channels counts where there is guidance, and where there is none it does not."""
+    found = []
+    for w, channels in (("1.5", 3), ("1.5", 4), ("3", 3), ("1", 3), ("1", 4)):
+        out = tmp_path / f"{w}-{channels}"
+        code, _, err = script(evaluate, "--sample", 2, "--sampler", "heun", "--steps", 2, "--teacher",
+                              made / "SiT-tiny.pt", "--vae", made / "vae.pt", "--w", w, "--cfg-channels", channels,
+                              "--samples-out", out, "--device", "cpu")  # fmt: skip
+        assert code == 0, err
+        found.append(str(pixels(out)))
+    assert len(set(found)) == 4 and found[3] == found[4]
+
+
 def test_sampling_refuses(made, student, tmp_path):
     flags = ["--sample", 2, "--vae", made / "vae.pt", "--device", "cpu", "--samples-out", tmp_path / "new"]
     torch.save(tiny_vae(1.0).state_dict(), tmp_path / "other.pt")

@@ -257,6 +257,7 @@ def test_what_is_missing_gets_one_sentence(tmp_path, capsys, begun):
     for script in ("dmd_refine.py", "evaluate.py"):
         said = refuse(capsys, script, "--data", "glyphs", "--quick", "--out", new)
         assert f"{new} holds no finished teacher: run meanflow_td.py" in said
+    assert "the table is made for glyphs" in refuse(capsys, "evaluate.py", "--data", "folder", "--out", new)
     assert not new.exists()  # else it would stand in the way of a run with other settings
     shutil.copytree(begun, run)
     (run / "td.pt").unlink()
