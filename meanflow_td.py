@@ -330,23 +330,39 @@ def student_objective(net, x_0, y, eps, generator, *, teacher=None, share_spans=
     return loss, {**terms, "raw_error": err.mean(), "v_error": err[r == t].mean(), "rows": told}
 
 
-def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=math.inf, ema_decay=0.999, amp="off",
-          accumulate=1, keep=None, look=None, log_every=100):  # fmt: skip
+def make_optimizers(net, lr, lr_muon=None):
+    """[(optimizer, its peak learning rate)] of all of net's parameters: Adam; Muon for a DiT's matrices, if lr_muon.
+
+    Muon makes every singular value of a matrix's step alike, so that rare directions are learned as fast as common ones
+    (PRIOR: Jordan et al., https://kellerjordan.github.io/posts/muon). OURS: to use it for the teacher of glyphs. After
+    2,000 updates its v-loss on held-out glyphs was 0.217, with Adam at its best 0.239 (seed 0), at 1.3 times the time.
+    """
+    matrices = [p for name, p in net.named_parameters() if "blocks." in name and p.ndim == 2 and lr_muon is not None]
+    taken = set(map(id, matrices))
+    others = [p for p in net.parameters() if id(p) not in taken]
+    # OURS: 0.99, a memory of 100 steps; MeanFlow has 0.95. TD of the toy did not care (0.95, 0.99, 0.999, one seed)
+    optimizers = [(torch.optim.Adam(others, lr=lr, betas=(0.9, 0.99), fused=True), lr)]
+    if matrices:
+        optimizers.append((torch.optim.Muon(matrices, lr=lr_muon, momentum=0.95, weight_decay=0.0), lr_muon))
+    return optimizers
+
+
+def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon=None, clip=math.inf, ema_decay=0.999,
+          amp="off", accumulate=1, keep=None, look=None, log_every=100):  # fmt: skip
     """Train `net` in place and return its average network (EMA) and a list of rows for metrics.csv.
 
     draw(batch, generator) -> x_0 (batch, ...), labels y (batch,) or None. objective(net, x_0, y, eps, generator) ->
-    loss, terms: one of those above. steps, batch: integers >= 1; lr: the peak of Adam's learning rate. seed, stream:
-    what the randomness of each step is made from; networks that are to be compared share them. name: what the bar and
-    the rows call this network, with a row every `log_every` steps. clip: the gradient's greatest norm. ema_decay: of
-    `update_ema`. amp: of `autocast`. accumulate: parts in which a batch is taken, one after the other, to save memory;
+    loss, terms: one of those above. steps, batch: integers >= 1; lr, lr_muon: peaks of the learning rates, see
+    `make_optimizers`. seed, stream: what the randomness of each step is made from; networks that are to be compared
+    share them. name: what the bar and the rows call this network, with a row every `log_every` steps. clip: the
+    gradient's greatest norm. ema_decay: of `update_ema`. amp: of `autocast`. accumulate: parts in which a batch is taken, one after the other, to save memory;
     objective is then called with rows= too. keep: a data.Keep, and a killed training goes on. look(step, ema): called
     now and then, to draw samples. Raises data.Diverged when the loss or its gradient is not finite.
     """
     device = next(net.parameters()).device
-    # OURS: 0.99, a memory of 100 steps; MeanFlow has 0.95. TD of the toy did not care (0.95, 0.99, 0.999, one seed)
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
+    optimizers = make_optimizers(net, lr, lr_muon)
     ema, first, rows = frozen_copy(net), 0, []
-    parts = {"net": net, "ema": ema, "optimizer": optimizer}
+    parts = {"net": net, "ema": ema} | {f"optimizer{i}": optimizer for i, (optimizer, _) in enumerate(optimizers)}
     if keep is not None:
         first, rows = keep.restore(parts)
     bar = progress(range(first, steps), name, initial=first, total=steps)
@@ -363,21 +379,23 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=ma
             part = {} if accumulate == 1 else {"rows": rows}
             return objective(net, x_0, y, eps, generator, **part)
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr)
-        optimizer.zero_grad()
+        for optimizer, peak in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
+            optimizer.zero_grad()
         loss, terms = backward_in_parts(batch, accumulate, loss_of, partial(autocast, device, amp))
         gradient = nn.utils.clip_grad_norm_(net.parameters(), clip)  # the norm that it had
-        optimizer.step()
+        for optimizer, _ in optimizers:
+            optimizer.step()
         update_ema(ema, net, step, ema_decay)
         # --- bookkeeping ---
         check_finite(f"{name}, seed {seed}, step {step}", terms.pop("rows", None), terms.get("du_dt"),
                      loss=loss, gradient=gradient)  # fmt: skip
-        count_clipped(optimizer, gradient, clip)
+        count_clipped(optimizers[0][0], gradient, clip)
         last = step == steps - 1
         if step % log_every == 0 or last:
             terms = {"loss": loss, **terms, "gradient": gradient}
-            values = {name: value.item() for name, value in terms.items()} | share_clipped(optimizer, clip, step, rows)
+            values = {name: value.item() for name, value in terms.items()}
+            values |= share_clipped(optimizers[0][0], clip, step, rows)
             seconds = round(time.perf_counter() - start, 4)
             rows.append({"network": name, "seed": seed, "step": step, **values, "seconds_per_step": seconds})
             bar.set_postfix(raw_error=f"{values['raw_error']:.3g}", refresh=False)
@@ -397,12 +415,12 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, clip=ma
 PLANS = {
     "default": {
         "network": dict(patch_size=4, hidden_size=96, depth=4, num_heads=4),
-        "teacher": dict(steps=32_000, batch=64, lr=3e-3, clip=300.0),
+        "teacher": dict(steps=32_000, batch=64, lr=3e-3, lr_muon=1e-2, clip=300.0),
         "td": dict(steps=1000, batch=64, lr=1e-3, clip=50.0, w=1.0),
     },
     "quick": {
         "network": dict(patch_size=4, hidden_size=32, depth=2, num_heads=2),
-        "teacher": dict(steps=60, batch=32, lr=3e-3, clip=300.0),
+        "teacher": dict(steps=60, batch=32, lr=3e-3, lr_muon=1e-2, clip=300.0),
         "td": dict(steps=30, batch=32, lr=1e-3, clip=50.0, w=1.0),
     },
 }
@@ -546,7 +564,7 @@ class ImageRun:
             self.save_samples(f"{name}-{step:06d}", sampler(ema, self.grid_eps, self.grid_y))
 
         def compute(keep):
-            keys = ("steps", "batch", "lr", "clip", "ema_decay")
+            keys = ("steps", "batch", "lr", "lr_muon", "clip", "ema_decay")
             plan = {key: self.plan[section][key] for key in keys if key in self.plan[section]}
             net.net.checkpointing = self.checkpointing
             ema, rows = train(net, self.source.draw, objective, **plan, **self.how, stream=section, name=name,
