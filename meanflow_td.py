@@ -355,9 +355,10 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon
     loss, terms: one of those above. steps, batch: integers >= 1; lr, lr_muon: peaks of the learning rates, see
     `make_optimizers`. seed, stream: what the randomness of each step is made from; networks that are to be compared
     share them. name: what the bar and the rows call this network, with a row every `log_every` steps. clip: the
-    gradient's greatest norm. ema_decay: of `update_ema`. amp: of `autocast`. accumulate: parts in which a batch is taken, one after the other, to save memory;
-    objective is then called with rows= too. keep: a data.Keep, and a killed training goes on. look(step, ema): called
-    now and then, to draw samples. Raises data.Diverged when the loss or its gradient is not finite.
+    gradient's greatest norm. ema_decay: of `update_ema`. amp: of `autocast`. accumulate: parts in which a batch is
+    taken, one after the other, to save memory; objective is then called with rows= too. keep: a data.Keep, and a killed
+    training goes on. look(step, ema): called now and then, to draw samples. Raises data.Diverged when the loss or its
+    gradient is not finite.
     """
     device = next(net.parameters()).device
     optimizers = make_optimizers(net, lr, lr_muon)
