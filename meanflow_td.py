@@ -493,6 +493,8 @@ class ImageRun:
         plan["data"]["seed"] = 0
         there = RunFolder(path, {}).config
         plan = {name: dict(section) for name, section in (plan | there).items()}
+        if args.quick:  # as if the small network had been asked for by a flag
+            plan["network"] = dict(PLANS[plan_name(args)]["network"])
         for (section, key), value in given.items():
             if value is not None:
                 plan[section][key] = value
@@ -756,7 +758,6 @@ def add_run_arguments(parser):
     """The flags that say which run is meant: the same for all three scripts."""
     parser.add_argument("--data", choices=("glyphs", "folder", "imagenet"), default="glyphs",
                         help="imagenet: in latents, from a published teacher (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--data-dir", help="for folder and imagenet: a folder with one folder of images for each class")
     parser.add_argument("--size", type=int, choices=(16, 32), default=16,
                         help="pixels; of imagenet, the teacher tells them (default: %(default)s)")  # fmt: skip
     parser.add_argument("--out", help="run folder (default: runs/glyphs, and for other data or sizes runs/...)")
@@ -770,7 +771,8 @@ def add_run_arguments(parser):
 
 
 def add_training_arguments(parser):
-    """The flags on how a run is computed, which change its numbers by rounding alone: the same for both stages."""
+    """The flags on a run's data and how it is computed: the same for both stages."""
+    parser.add_argument("--data-dir", help="for folder and imagenet: a folder with one folder of images for each class")
     parser.add_argument("--batch", type=whole_number(1, 2**16), help="images in an update (default: the plan's)")
     parser.add_argument("--amp", choices=("bf16", "off"),
                         help="matrix products in bf16 (default: bf16 on cuda, off elsewhere)")  # fmt: skip

@@ -57,7 +57,6 @@ FLAGS = {
     }),
     "evaluate": ("--glyphs 20", {
         "--data": ("--out BEGUN", "--out BEGUN --data glyphs"),
-        "--data-dir": ("--out BEGUN --data folder", "--out BEGUN --data folder --data-dir IMAGES"),
         "--size": ("--out BEGUN --data glyphs", "--out BEGUN --data glyphs --size 32"),
         "--quick": ("--out BEGUN --data glyphs", "--out BEGUN --data glyphs --quick"),
         "--count": ("--out BEGUN --data glyphs", "--out BEGUN --data glyphs --count 200"),
