@@ -808,7 +808,7 @@ def statistics(features):
 
 
 SAMPLE_BATCH = 250
-GUIDANCE = (1.25, 1.5, 2.0)  # of the teacher, beside none
+GUIDANCE = (1.0, 1.25, 1.5, 2.0)  # of the teacher; 1 is none
 FEW = 5  # so many times fewer images where the teacher's guidance is compared
 
 
@@ -857,7 +857,8 @@ class RunJudge:
         self.row("data against data", lambda: held_out_glyphs(self.size, self.count, seed=1), self.count, seed=1)
 
     def teacher(self, few_calls=(1, 2, 4, 8), many_calls=(50, 100)):
-        """The teacher by Euler at few calls, by Heun at many; with guidance, on fewer images."""
+        """The teacher as the students learn from it, by Euler at few calls and by Heun at many; and, on fewer images,
+        with other guidance, by which the run's own was chosen."""
         teacher = self.run.load("teacher")
 
         def at(w, calls, count):
@@ -868,8 +869,8 @@ class RunJudge:
             self.row(what, draw, count, nfe=calls, w=w)
 
         for calls in (*few_calls, *many_calls):
-            at(1.0, calls, self.count)
-        for w in (1.0, *GUIDANCE):
+            at(self.run.plan["td"]["w"], calls, self.count)
+        for w in GUIDANCE:
             at(w, many_calls[0], self.count // FEW)
 
     def student(self, stage, what, seed=0, steps=1):

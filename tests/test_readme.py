@@ -1,0 +1,106 @@
+"""The README says what is there: line counts, the map of equations, the list of tags, commands, files."""
+
+import argparse
+import importlib
+import re
+import shlex
+
+import pytest
+import torch
+
+import facts
+from helpers import ROOT
+
+README = (ROOT / "README.md").read_text()
+CODE = re.findall(r"^    ((?:pip|python).*?)(?:  +#.*)?$", README, re.MULTILINE)  # lines of its blocks of commands
+COMMANDS = sorted({part.strip() for line in CODE for part in line.split("&&")})
+
+
+def section(title):
+    """The text below a heading, up to the next of the same rank."""
+    return re.split(r"^## ", README.split(f"\n## {title}\n")[1], flags=re.MULTILINE)[0]
+
+
+def rows(text):
+    """The cells of a table's rows, without its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
+
+
+def test_line_counts_and_tags_are_current():
+    told = {cells[0].strip("`"): cells[1] for cells in rows(section("The files, in reading order"))}
+    assert told == facts.line_counts(), "run python tests/facts.py --write"
+    assert facts.write(README) == README, "run python tests/facts.py --write"
+
+
+MAP = rows(section("The map: every equation, its code, its test"))
+
+
+@pytest.mark.parametrize("row", MAP, ids=[row[1].split(",")[0].strip("`") for row in MAP])
+def test_a_row_of_the_map_has_its_function_and_its_test(row):
+    equation, code, tests, source = row
+    places = re.findall(r"`(\w+)\.py:([\w.]+)`", code)
+    assert equation and source and places and len(places) == code.count("`") // 2
+    for module, name in places:
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", tests)
+    assert named and len(named) == tests.count("`") // 2
+    for file, name in named:
+        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), name
+
+
+def test_the_map_is_whole():
+    """Each loss, sampler and measure of the method is in it."""
+    named = " ".join(row[1] for row in MAP)
+    for module, pattern in (("meanflow_td", r"_loss$|_target$|^sample_|^generate$"), ("awd", r"_hinge$"),
+                            ("dmd_refine", r"_loss$|^dmd_"), ("models", r"_from_velocity$|^add_noise$|^sample_|Teacher$"),
+                            ("toy2d", r"_loss$|_target$|^sliced")):  # fmt: skip
+        source = (ROOT / f"{module}.py").read_text()
+        for name in re.findall(r"^(?:def|class) (\w+)", source, re.MULTILINE):
+            leave_out = {"meanflow_loss", "discriminator_loss", "dmd_panels", "Teacher"}
+            if re.search(pattern, name) and name not in leave_out:
+                assert f"`{module}.py:{name}" in named, name
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_understood(command, monkeypatch):
+    """The parsers take every command that the README tells; what they then do is run by other tests, small."""
+    words = shlex.split(command if torch.cuda.is_available() else command.replace("cuda", "cpu"))
+    if words[:2] == ["pip", "install"]:
+        assert words[2:] == ["-r", "requirements.txt"]
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert words[3:] in ([], ["-m", "not slow"])
+    else:
+        assert words[0] == "python" and (ROOT / words[1]).exists()
+        if words[1].startswith("tests/"):
+            return
+        parse = argparse.ArgumentParser.parse_args
+
+        def parse_and_stop(parser, *arguments):
+            parse(parser, *arguments)
+            raise Parsed
+
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        with pytest.raises(Parsed):
+            importlib.import_module(words[1].removesuffix(".py")).main(words[2:])
+
+
+def test_commands_are_found():
+    assert "python toy2d.py" in COMMANDS and "python -m pytest" in COMMANDS and len(COMMANDS) > 10
+
+
+def test_every_file_that_is_named_exists():
+    named = set(re.findall(r"`((?:tests/|figures/)?\w+\.(?:py|json|png|txt|md))`", README))
+    named |= set(re.findall(r"\]\((figures/[^)]+)\)", README))
+    made = {"config.json", "results.json", "ablation.json", "fingerprint.json", "bottleneck.png", "story.png",
+            "unified.png", "grid.png", "spectrum.png", "ablation.png", "manifest.json", "bench.json",
+            "attention-hd-seed0.png"}  # by runs  # fmt: skip
+    for name in named - made:
+        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
+    assert all((ROOT / name).stat().st_size < 300_000 for name in named if name.startswith("figures/"))
