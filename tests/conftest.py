@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
@@ -10,3 +12,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than ten seconds; leave it out with -m 'not slow'")
     # torch.func.jvp loads its own rules through torch.jit.script, which torch itself has deprecated
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
+def pytest_collection_modifyitems(items):
+    """What needs the classifier of glyphs by its full recipe is slow: 20 s of training."""
+    for item in items:
+        if "recipe" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)

@@ -8,6 +8,7 @@ A tag counts if it is in a comment or a docstring; its words end with the senten
 """
 
 import ast
+import functools
 import io
 import re
 import sys
@@ -49,6 +50,7 @@ def sentence(text, start):
     return " ".join(text[start:].split())
 
 
+@functools.cache
 def places(path):
     """(first line, last line, name) of the functions, classes and assigned names of a file; outer ones come first."""
 

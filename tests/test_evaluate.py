@@ -552,6 +552,7 @@ def test_save_npz_is_adms_format_and_scores_alike(tmp_path, fake):
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_own_weights_are_used_and_told(tmp_path, net):
     images = make_folder(tmp_path / "images", 2, size=32)
     torch.save(net.state_dict(), tmp_path / "filled.pth")

@@ -16,14 +16,14 @@ SIZE, COUNT = 16, 2000
 
 
 @pytest.fixture(scope="session")
-def trained():
+def recipe():
     """The classifier by its full recipe, and its accuracy: 20 s."""
     return evaluate.train_classifier(SIZE)
 
 
 @pytest.fixture(scope="session")
-def judge(trained):
-    return evaluate.GlyphJudge(trained[0], SIZE, COUNT)
+def judge(recipe):
+    return evaluate.GlyphJudge(recipe[0], SIZE, COUNT)
 
 
 @pytest.fixture(scope="session")
@@ -47,8 +47,8 @@ def blur(images, strength):
 # --- The classifier --------------------------------------------------------------------------------------------------
 
 
-def test_classifier_knows_held_out_glyphs(trained, other):
-    net, accuracy = trained
+def test_classifier_knows_held_out_glyphs(recipe, other):
+    net, accuracy = recipe
     features, logits = evaluate.classify(net, other[0])
     assert features.shape == (COUNT, 96) and logits.shape == (COUNT, 10)
     assert accuracy >= 0.99 and (logits.argmax(1) == other[1]).double().mean() >= 0.99
@@ -190,8 +190,8 @@ def test_data_against_data_is_the_floor(judge, floor):
     assert same["frechet"] < 1e-6 and same["precision"] == same["recall"] == same["high_power"] == 1
 
 
-def test_frechet_is_of_the_classifiers_features(trained, judge, other, floor):
-    both = [evaluate.classify(trained[0], x)[0].double().numpy()
+def test_frechet_is_of_the_classifiers_features(recipe, judge, other, floor):
+    both = [evaluate.classify(recipe[0], x)[0].double().numpy()
             for x in (evaluate.held_out_glyphs(SIZE, COUNT, judge.seed)[0], other[0])]  # fmt: skip
     expected = evaluate.frechet_distance(*(part for f in both for part in (f.mean(0), np.cov(f.T))))
     assert floor["frechet"] == pytest.approx(expected, rel=1e-6)
@@ -243,19 +243,19 @@ def test_images_are_judged_as_they_would_be_saved(judge, other, floor):
     assert judge(outside.double(), labels) == floor
 
 
-def test_clouds_are_of_at_most_so_many_images_of_all_classes(trained, other, monkeypatch):
+def test_clouds_are_of_at_most_so_many_images_of_all_classes(recipe, other, monkeypatch):
     seen = []
     monkeypatch.setattr(evaluate, "CLOUD_ROWS", 300)
     monkeypatch.setattr(evaluate, "precision_recall", lambda a, b: seen.extend([a, b]) or (0.0, 0.0))
-    judge = evaluate.GlyphJudge(trained[0], SIZE, 500)
+    judge = evaluate.GlyphJudge(recipe[0], SIZE, 500)
     order = other[1].argsort(stable=True)
     judge(other[0][order], other[1][order])  # sorted by class, as a sampler may well do
     assert [len(cloud) for cloud in seen] == [300, 300]
-    shares = torch.bincount(trained[0].head(seen[1]).argmax(1), minlength=10)
+    shares = torch.bincount(recipe[0].head(seen[1]).argmax(1), minlength=10)
     assert shares.min() > 10
 
 
-def test_fingerprint(trained, judge, other):
+def test_fingerprint(recipe, judge, other):
     labels = other[1]
     assert judge.fingerprint(labels) == {
         "images": COUNT, "labels": "balanced", "reference": f"{COUNT} held-out glyphs, 16 px, balanced",
@@ -268,7 +268,7 @@ def test_fingerprint(trained, judge, other):
     assert judge.fingerprint(torch.arange(1000) % 9)["labels"] == "random"
     assert len(judge.sha) == 8 and int(judge.sha, 16) >= 0
     net = evaluate.GlyphClassifier(SIZE)
-    net.load_state_dict(trained[0].state_dict())
+    net.load_state_dict(recipe[0].state_dict())
     assert evaluate.GlyphJudge(net, SIZE, 30, seed=3).fingerprint(labels)["seed"] == 3
     assert evaluate.GlyphJudge(net, SIZE, 30).sha == judge.sha
     with torch.no_grad():
@@ -276,10 +276,10 @@ def test_fingerprint(trained, judge, other):
     assert evaluate.GlyphJudge(net, SIZE, 30).sha != judge.sha
 
 
-def test_classifier_out_of_a_run_folder_judges_alike(trained, judge, other, floor, tmp_path):
+def test_classifier_out_of_a_run_folder_judges_alike(recipe, judge, other, floor, tmp_path):
     run = data.RunFolder(tmp_path / "run", {"data": {"data": "glyphs"}})
     for _ in range(2):  # computed, then read
-        state = run.stage("classifier", lambda keep: {"net": trained[0].state_dict(), "accuracy": trained[1]})
+        state = run.stage("classifier", lambda keep: {"net": recipe[0].state_dict(), "accuracy": recipe[1]})
     net = evaluate.GlyphClassifier(SIZE)
     net.load_state_dict(state["net"])
     again = evaluate.GlyphJudge(net, SIZE, COUNT)
