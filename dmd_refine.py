@@ -711,7 +711,7 @@ def main(arguments=None):
         held.enter_context(alone(run.folder.path))
         refine_images(run, args.name, args.seed)
         after = (f"--data {args.data}" if args.data != "imagenet" else
-                 f"--sample 50000 --checkpoint {run.folder.path / f'{args.name}-seed{args.seed}.pt'} --samples-out DIR")
+                 f"--sample 50000 --checkpoint {run.folder.path / f'{args.name}-seed{args.seed}.pt'} --out DIR")
         print(f"In {run.folder.path}: {args.name}-seed{args.seed}.pt, metrics.csv, and grids in samples/. "
               f"Next: python evaluate.py {after}")  # fmt: skip
 

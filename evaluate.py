@@ -17,7 +17,7 @@ have to be blown up to 299, GlyphJudge asks the same of a small classifier that 
     python evaluate.py --reference runs/student --images samples.npz --allow-small       # what that run learned from
     python evaluate.py --images samples/ --save-npz samples.npz                          # for ADM's own evaluator
     python evaluate.py --flops                                                           # what one image costs
-    python evaluate.py --sample 50000 --checkpoint runs/imagenet256-xl2/hd-seed0.pt --samples-out samples    # images
+    python evaluate.py --sample 50000 --checkpoint runs/imagenet256-xl2/hd-seed0.pt --out samples    # images
 
 Run the same command again to go on where a stopped evaluation was. Results are added to OUT/results.json.
 One core of an AMD EPYC: 14.7 images/s, an hour for 50,000; 1.1 GB of memory. No GPU was at hand to time.
@@ -987,23 +987,24 @@ def label_of(i, wanted, classes, seed):
 
 
 def open_painter(args):
-    """The networks that --checkpoint (or --out) and --sampler ask for. Raises BadInput."""
+    """The networks that --checkpoint and --sampler ask for. Raises BadInput."""
     wants_teacher, path = args.sampler != "student" or args.speed_up, args.checkpoint
-    if path is None and args.out:
-        path = next((p for p in (Path(args.out, f"{stage}.pt") for stage in ("hd-seed0", "td")) if p.exists()), None)
-        if path is None:
-            raise BadInput(f"{args.out} holds neither hd-seed0.pt nor td.pt: train first, or name a --checkpoint")
     if path is None and args.sampler == "student":
-        raise BadInput("samples of a student need its --checkpoint, a file RUN/<stage>.pt, or its run by --out")
+        raise BadInput("samples of a student need its --checkpoint: a run, or a file RUN/<stage>.pt of it")
+    if path is not None and path.is_dir():
+        there = [p for p in (path / "hd-seed0.pt", path / "td.pt") if p.exists()]
+        if not there:
+            raise BadInput(f"{path} holds neither hd-seed0.pt nor td.pt: train first, or name another --checkpoint")
+        path = there[0]
     student = teacher = run = None
     told = {"vae": None, "vae_scale": None, "checkpoint": None, "teacher": None}
     if path is not None:
-        if not Path(path).exists():
+        if not path.exists():
             raise BadInput(f"{path} is not there: name a finished stage, RUN/td.pt or RUN/hd-seed0.pt")
-        run = saved_run(Path(path).parent, args.device)
+        run = saved_run(path.parent, args.device)
         settings = run.plan["data"]
         if args.sampler == "student":
-            student, told["checkpoint"] = run.load(Path(path).stem, two_times=True), data.sha256_file(path)
+            student, told["checkpoint"] = run.load(path.stem, two_times=True), data.sha256_file(path)
         if wants_teacher and settings["data"] != "imagenet":
             teacher = run.load("teacher")
     if wants_teacher and teacher is None:
@@ -1066,15 +1067,15 @@ def begin_samples(out, count, told):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"can't make {folder} ({error.strerror}): name another folder by --samples-out") from error
+        raise BadInput(f"can't make {folder} ({error.strerror}): name another by --out") from error
     told = json.loads(json.dumps(told))
     if (out / SIDECAR).exists():
         was = data.read_json(out / SIDECAR)
         differ = [f"{key} = {was.get(key)!r} there and {told[key]!r} now" for key in told if was.get(key) != told[key]]
         if differ:
-            raise BadInput(f"{out} holds other samples ({', '.join(differ)}): name another folder by --samples-out")
+            raise BadInput(f"{out} holds other samples ({', '.join(differ)}): name another by --out")
     elif any(folder.iterdir()):
-        raise BadInput(f"{folder} holds files and no {SIDECAR} is beside it: name another folder by --samples-out")
+        raise BadInput(f"{folder} holds files and no {SIDECAR} is beside it: name another by --out")
     if (there := sum(path.suffix == ".png" for path in folder.iterdir())) > count:
         raise BadInput(f"{folder} holds {there} images, more than {count}: name another folder, or ask for more")
     data.write_json(out / SIDECAR, told)
@@ -1082,7 +1083,7 @@ def begin_samples(out, count, told):
 
 
 def sample_images(args):
-    """--sample: images 0 .. N - 1 to SAMPLES_OUT/images, or those that are missing; grid.png; fingerprint.json."""
+    """--sample: images 0 .. N - 1 to OUT/images, or those that are missing; grid.png; fingerprint.json."""
     painter, steps = open_painter(args), args.steps or SAMPLER_STEPS[args.sampler]
     if args.sampler == "ddpm" and not isinstance(painter.teacher, models.DiTTeacher):
         raise BadInput("--sampler ddpm is a DiT's own: of a SiT take sde or heun")
@@ -1096,7 +1097,7 @@ def sample_images(args):
         "sampler": args.sampler, "steps": steps, "nfe": steps * (2 if args.sampler == "heun" else 1), "seed": args.seed,
         "guidance": [painter.teacher.w, painter.teacher.cfg_channels] if guided else "baked in", "batch": args.batch,
     }  # fmt: skip
-    out = args.samples_out
+    out = Path(args.out)
     folder = begin_samples(out, args.sample, told)
     paths = [folder / f"{i:06d}.png" for i in range(args.sample)]
     batches = [range(args.sample)[start : start + args.batch] for start in range(0, args.sample, args.batch)]
@@ -1195,9 +1196,8 @@ def main(argv=None):
     add_run_arguments(parser)
     parser.set_defaults(data=None, data_dir=None, device=devices[0], accumulate=1, checkpointing=False)
     add = parser.add_argument_group("samples").add_argument
-    add("--sample", type=whole_number(1, 10**7), metavar="N", help="write N images of a student, or of a --teacher")
-    add("--checkpoint", type=Path, metavar="FILE", help="the student: a finished stage, RUN/td.pt, or give --out RUN")
-    add("--samples-out", type=Path, metavar="DIR", help="where samples go: DIR/images/000000.png, ...")
+    add("--sample", type=whole_number(1, 10**7), metavar="N", help="write N images to OUT/images, as named below")
+    add("--checkpoint", type=Path, metavar="FILE", help="the student: a finished stage RUN/td.pt, or the run")
     add("--sampler", choices=tuple(SAMPLER_STEPS), default="student", help="all others: the teacher's (%(default)s)")
     add("--steps", type=whole_number(1, 1000), help="of the sampler (student 1, ddpm and sde 250, heun 125)")
     add("--classes", type=class_list, default="random", help="random, balanced, or numbers: 207,360 (%(default)s)")
@@ -1209,8 +1209,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_device(parser, args.device)
     if args.sample:
-        if args.samples_out is None:
-            parser.error("--sample needs --samples-out, a folder for the images")
+        if args.out is None:
+            parser.error("--sample needs --out, a folder for the images")
         if args.speed_up and args.sampler != "student":
             parser.error("--speed-up compares a student with its teacher: leave out --sampler")
         with sentences(parser):

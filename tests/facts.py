@@ -1,4 +1,4 @@
-"""What is the paper's, what is prior work's, what is ours: the tags in the code, as one list; and the lines of the files.
+"""What is the paper's, what is prior work's, what is ours: the tags in the code, as one list; and lines of files.
 
     python tests/facts.py           prints the list
     python tests/facts.py --write   writes both into the README, where test_readme.py checks that they are current

@@ -25,7 +25,7 @@ from test_evaluate import FakeNet, fake, make_folder  # noqa: F401
 SCRIPTS = {"data": data, "meanflow_td": meanflow_td, "dmd_refine": dmd_refine, "evaluate": evaluate, "toy2d": toy2d}
 RUN = "--quick --teacher-steps 1 --td-steps 1"
 SCORE = "--allow-small --images IMAGES --reference glyphs"
-SAMPLE = "--out BEGUN --sample 2 --samples-out A --sampler heun --steps 2"
+SAMPLE = "--checkpoint BEGUN --sample 2 --out A --sampler heun --steps 2"
 DRY = "NO_--quick --data imagenet --dry-run"
 COMPUTED = {"--batch": 7, "--amp": "bf16", "--accumulate": 2, "--checkpointing": "", "--dry-run": ""}
 # flags of real networks, which test_imagenet.py makes
@@ -68,11 +68,11 @@ FLAGS = {
         "--save-npz": "A/x.npz", "--inception-weights": "x.pth", "--resize": "torch", "--glyphs": 30, "--batch": 3,
         "--out": "B"}.items()
     } | {flag: (SAMPLE, f"{SAMPLE} {flag} {value}") for flag, value in {
-        "--sample": 3, "--samples-out": "B", "--sampler": "sde", "--steps": 3, "--classes": "balanced", "--seed": 1,
+        "--sample": 3, "--sampler": "sde", "--steps": 3, "--classes": "balanced", "--seed": 1,
         "--w": 1.5, "--cfg-channels": 2, "--amp": "bf16"}.items()
     } | {
-        "--checkpoint": ("--sample 2 --samples-out A", "--sample 2 --samples-out A --checkpoint BEGUN/td.pt"),
-        "--speed-up": ("--out BEGUN --sample 2 --samples-out A", "--out BEGUN --sample 2 --samples-out A --speed-up"),
+        "--checkpoint": ("--sample 2 --out A", "--sample 2 --out A --checkpoint BEGUN/td.pt"),
+        "--speed-up": ("--checkpoint BEGUN --sample 2 --out A", "--checkpoint BEGUN --sample 2 --out A --speed-up"),
     }),
     "toy2d": ("--quick", {
         "--data": ("", "--data rings"), "--seeds": ("", "--seeds 2"), "--seed": ("", "--seed 4"),

@@ -108,7 +108,7 @@ def test_the_chain(made, trained, tmp_path):
         assert 0 < max(moved) < 1e-2  # three small steps from the teacher
 
     torch.save(fill(evaluate.InceptionV3()).state_dict(), tmp_path / "inception.pth")
-    flags = ["--checkpoint", trained / "hd-seed0.pt", "--vae", made / "vae.pt", "--samples-out", tmp_path / "samples"]
+    flags = ["--checkpoint", trained / "hd-seed0.pt", "--vae", made / "vae.pt", "--out", tmp_path / "samples"]
     code, said, err = script(evaluate, "--sample", 5, "--batch", 2, "--classes", "balanced", *flags, "--save-npz",
                              tmp_path / "samples.npz", "--device", "cpu")  # fmt: skip
     assert code == 0 and re.search(r"\d ms per image", said), err
@@ -474,14 +474,14 @@ def student(made):
 
 def test_samples_are_functions_of_seed_and_index(made, student, tmp_path):
     flags = ["--sample", 5, "--batch", 2, "--vae", made / "vae.pt", "--device", "cpu"]
-    code, said, err = script(evaluate, *flags, "--out", student, "--samples-out", tmp_path / "a", "--speed-up",
+    code, said, err = script(evaluate, *flags, "--checkpoint", student, "--out", tmp_path / "a", "--speed-up",
                              "--teacher", made / "SiT-tiny.pt")  # fmt: skip
     assert code == 0 and "times as long" in said and "5 of 5" in said, err
     whole = pixels(tmp_path / "a")
     assert len(whole) == len(set(whole.values())) == 5
     for name in ("000001.png", "000004.png"):  # a stopped run: what is missing is made again, to the same bytes
         (tmp_path / "a" / "images" / name).unlink()
-    flags += ["--checkpoint", student / "td.pt", "--samples-out"]
+    flags += ["--checkpoint", student / "td.pt", "--out"]
     assert script(evaluate, *flags, tmp_path / "a")[0] == 0 and pixels(tmp_path / "a") == whole
     code, said, _ = script(evaluate, *flags, tmp_path / "a")
     assert code == 0 and "there already" in said
@@ -516,7 +516,7 @@ def test_teachers_samples_do_not_depend_on_the_batch(made, tmp_path, sampler, ki
         out = tmp_path / str(batch)
         code, _, err = script(evaluate, "--sample", 3, "--sampler", sampler, "--steps", 3, "--teacher",
                               made / f"{kind}-tiny.pt", "--vae", made / "vae.pt", "--batch", batch, "--w", "1.5",
-                              "--samples-out", out, "--device", "cpu")  # fmt: skip
+                              "--out", out, "--device", "cpu")  # fmt: skip
         assert code == 0, err
         found.append(data.ImageFolder(out / "images").images(range(3)).astype(int))
         told = json.loads((out / "fingerprint.json").read_text())
@@ -531,20 +531,20 @@ def test_guidance_of_a_teachers_samples_is_what_the_flags_say(made, tmp_path):
         out = tmp_path / f"{w}-{channels}"
         code, _, err = script(evaluate, "--sample", 2, "--sampler", "heun", "--steps", 2, "--teacher",
                               made / "SiT-tiny.pt", "--vae", made / "vae.pt", "--w", w, "--cfg-channels", channels,
-                              "--samples-out", out, "--device", "cpu")  # fmt: skip
+                              "--out", out, "--device", "cpu")  # fmt: skip
         assert code == 0, err
         found.append(str(pixels(out)))
     assert len(set(found)) == 4 and found[3] == found[4]
 
 
 def test_sampling_refuses(made, student, tmp_path):
-    flags = ["--sample", 2, "--vae", made / "vae.pt", "--device", "cpu", "--samples-out", tmp_path / "new"]
+    flags = ["--sample", 2, "--vae", made / "vae.pt", "--device", "cpu", "--out", tmp_path / "new"]
     torch.save(tiny_vae(1.0).state_dict(), tmp_path / "other.pt")
     for arguments, sentence in [
         (["--checkpoint", tmp_path / "absent.pt"], "is not there"),
         (["--checkpoint", made / "SiT-tiny.pt"], "is no run folder"),
         ([], "need its --checkpoint"),
-        (["--out", tmp_path], "holds neither hd-seed0.pt nor td.pt"),
+        (["--checkpoint", tmp_path], "holds neither hd-seed0.pt nor td.pt"),
         (["--checkpoint", student / "td.pt", "--classes", "0,3"], "--classes names 3, but the classes are 0 .. 2"),
         (["--checkpoint", student / "td.pt", "--vae", tmp_path / "other.pt"], "was trained with another VAE"),
         (["--sampler", "ddpm", "--teacher", made / "SiT-tiny.pt"], "--sampler ddpm is a DiT's own"),
