@@ -1145,7 +1145,7 @@ class RunFolder:
                     was = ", ".join(f"{key} = {was.get(key)!r} there and {now.get(key)!r} now" for key in changed)
                     raise BadInput(f"{self.path} holds a run of another configuration (of {section}: {was}): "
                                    "name another with --out")  # fmt: skip
-        elif any(path.suffix != ".partial" for path in self.path.iterdir()):
+        elif any(path.suffix != ".partial" and path.name != "teacher.pt" for path in self.path.iterdir()):
             raise BadInput(f"{self.path} is no run folder, but it is not empty: name another folder with --out")
         self.config = old | config  # all sections, those of other scripts too
         try:
@@ -1167,7 +1167,9 @@ class RunFolder:
         made = state.get("made", {"format": 0, "config": {}})  # none: older than these records
         if made["format"] > CHECKPOINT_FORMAT:
             raise BadInput(f"{path} has format {made['format']}, this code reads up to {CHECKPOINT_FORMAT}: update")
-        for section in made["config"].keys() & self.config.keys():
+        # a teacher knows nothing of its students: teacher.pt may be copied into a run with others
+        own = {"network", "teacher", "data"} if Path(path).stem == "teacher" else made["config"].keys()
+        for section in own & made["config"].keys() & self.config.keys():
             if made["config"][section] != self.config[section]:
                 raise BadInput(f"{path} was made in a run with other settings of {section}: take it out of this folder")
         return state

@@ -292,6 +292,24 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, capsys, begun):
     assert "(of hd: lambda_adv = 0.3 there and 0.2 now)" in said
 
 
+def test_a_teacher_may_be_copied_into_a_run_with_other_students(tmp_path, capsys, begun):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(begun / "teacher.pt", run)
+    meanflow_td.main(["--quick", "--teacher-steps", "1", "--td-steps", "2", "--w", "1.5", "--out", str(run)])
+    assert (run / "teacher.pt").read_bytes() == (begun / "teacher.pt").read_bytes() and (run / "td.pt").exists()
+    shutil.copytree(begun, tmp_path / "other")
+    shutil.copy(run / "td.pt", tmp_path / "other")  # a student may not
+    capsys.readouterr()
+    said = refuse(capsys, "dmd_refine.py", "--quick", "--out", tmp_path / "other")
+    assert "was made in a run with other settings of td" in said
+    other = tmp_path / "of other steps"
+    other.mkdir()
+    shutil.copy(begun / "teacher.pt", other)
+    said = refuse(capsys, "meanflow_td.py", "--quick", "--teacher-steps", "2", "--out", other)
+    assert "was made in a run with other settings of teacher" in said
+
+
 def test_settings_that_are_not_given_are_those_of_the_run(begun):
     before = snapshot(begun)
     meanflow_td.main(["--quick", "--out", str(begun)])  # 60 and 30 updates in a new run, 1 in this one: it is finished
