@@ -285,8 +285,8 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
 
 # The settings of one variant, under its name a section of the run folder's config.json. OURS: all of them.
 PLANS = {
-    "default": dict(steps=500, batch=64, lr=1e-3, lr_fake=1e-3, lr_discriminator=5e-3, fake_updates=2, taps=(1, 3),
-                    pooling="attention", init="td", lambda_adv=0.1, lambda_td=0.0, student_steps=1, clip=10.0),
+    "default": dict(steps=2000, batch=64, lr=1e-3, lr_fake=1e-3, lr_discriminator=5e-3, fake_updates=2, taps=(1, 3),
+                    pooling="attention", init="td", lambda_adv=0.03, lambda_td=0.0, student_steps=1, clip=10.0),
     "quick": dict(steps=20, batch=32, lr=5e-4, lr_fake=5e-4, lr_discriminator=1e-3, fake_updates=2, taps=(0, 1),
                   pooling="attention", init="td", lambda_adv=0.1, lambda_td=0.0, student_steps=1, clip=10.0),
 }  # fmt: skip
