@@ -310,9 +310,6 @@ def refine_images(run, name, seed):
     plan = dict(run.plan[name])
     init, pooling = plan.pop("init"), plan.pop("pooling")
     stage, teacher = f"{name}-seed{seed}", run.load_teacher()
-    if max(plan["taps"]) >= len(teacher.net.blocks):
-        raise BadInput(f"blocks {plan['taps']} are to be tapped, and the teacher has {len(teacher.net.blocks)}, "
-                       "counted from 0: name others by --taps")  # fmt: skip
 
     def compute(keep):
         student = run.student(teacher)  # --init teacher: answers as the teacher does, which no one-step sample is

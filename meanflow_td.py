@@ -450,6 +450,17 @@ PLANS |= {
 LOOK_EVERY = 500  # steps between two pictures of samples
 
 
+def check_section(section, blocks, accumulate):
+    """BadInput if what a section of a plan asks for can't be done with a teacher of so many blocks, in so many parts.
+
+    To be asked before a run folder takes the section: it would keep it, and refuse the mended one as another run's."""
+    if "batch" in section:
+        in_parts(section["batch"], accumulate)
+    if max(section.get("taps", (0,))) >= blocks:
+        raise BadInput(f"blocks {tuple(section['taps'])} are to be tapped, and the teacher has {blocks}, counted from "
+                       "0: name others by --taps")  # fmt: skip
+
+
 def new_network(seed, stream, build):
     """build() on the CPU, with random weights that depend on (seed, stream) alone; the global state stays as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -476,7 +487,7 @@ class ImageRun:
     args: the command line, of `add_run_arguments`. given: {(section, key): value or None}, settings from flags. A new
     run folder takes PLANS with these in it; one that is there has its settings, and these must agree with them.
     more: other sections. needs: stages that an earlier script has finished; without them nothing is written.
-    Raises BadInput: no data, a folder with other settings, a stage that is not there yet.
+    Raises BadInput: no data, settings that can't be, a folder with others, a stage that is not there yet.
     """
 
     def __init__(self, args, given, more=None, needs=()):
@@ -500,6 +511,9 @@ class ImageRun:
                 plan[section][key] = value
         for name, section in opened.items():
             plan[name] |= section
+        blocks = self.teacher.net.config["depth"] if args.data == "imagenet" else plan["network"]["depth"]
+        for name in more or plan:
+            check_section(plan[name], blocks, args.accumulate)
         self.begin(RunFolder(path, plan), plan)
         if args.data == "glyphs":
             self.source = Glyphs(args.size, seed=self.seed)
