@@ -41,8 +41,8 @@ import torch
 from torch import nn
 
 from data import (PUBLISHED, BadInput, Diverged, EncodedFolder, Glyphs, ImageFolder, LatentCache, RunFolder, alone,
-                  decode_latents, fetch, load_vae, positive_number, progress, rng, save_grid, sentences, sha256_file,
-                  to_uint8, weights_path, whole_number)  # fmt: skip
+                  decode_latents, fetch, in_short, load_vae, positive_number, progress, rng, save_grid, sentences,
+                  sha256_file, to_uint8, weights_path, whole_number)  # fmt: skip
 from models import (SD_VAE_SCALE, DiT, DiTTeacher, SiTTeacher, Teacher, add_noise, autocast_off, dit_by_name,
                     dit_from_weights, expand_times, frozen_copy, load_weights, read_weights, student_from_teacher,
                     update_ema)  # fmt: skip
@@ -653,6 +653,22 @@ def teacher_kind(name):
     return kinds[0]
 
 
+def teacher_weights(path):
+    """The weights {name: tensor} in a teacher's file. BadInput if it holds none."""
+    try:
+        return read_weights(path)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def teacher_net(path, weights):
+    """The DiT of the sizes that a teacher's weights have, random still. BadInput, with their file's name, if of none."""
+    try:
+        return dit_from_weights(weights)
+    except Exception as error:  # missing names and strange shapes can break any line there
+        raise BadInput(f"{path} does not hold a DiT with all its parts ({in_short(error)})") from error
+
+
 def load_teacher(name):
     """-> a frozen published teacher in the wrapper that its name asks for, and the sha256 of its file.
 
@@ -661,15 +677,12 @@ def load_teacher(name):
     """
     kind = teacher_kind(name)
     path = fetch(PUBLISHED[name], "--teacher") if name in PUBLISHED else Path(name)
-    sha256 = sha256_file(path)
+    sha256, weights = sha256_file(path), teacher_weights(path)
+    net = dit_by_name(name) if name in PUBLISHED else teacher_net(path, weights)
     try:
-        weights = read_weights(path)
-        net = dit_by_name(name) if name in PUBLISHED else dit_from_weights(weights)
         load_weights(net, weights, path)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    except (KeyError, IndexError, RuntimeError) as error:  # a DiT's names, with parts missing or of strange shapes
-        raise BadInput(f"{path} does not hold a DiT with all its parts ({error})") from error
     return TEACHERS[kind](net.eval().requires_grad_(False)), sha256
 
 

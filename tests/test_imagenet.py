@@ -255,6 +255,35 @@ def test_parts_that_do_not_fit_get_one_sentence(made, tmp_path, monkeypatch, spo
     assert contents(tmp_path) == before
 
 
+def strange_teachers(tmp_path):
+    """(a file or folder that is no teacher, a word of what is said of it): shapes that no DiT has, and no weights."""
+    weights = DiT(**TINY).state_dict()
+    for i, (name, shape) in enumerate([("final_layer.linear.bias", ()), ("blocks.0.mlp.fc1.bias", ()),
+                                       ("x_embedder.proj.weight", (0, 4, 2, 2)), ("pos_embed", (16,)),
+                                       ("pos_embed", None)]):  # fmt: skip
+        strange = {**weights, name: torch.zeros(shape or ())}
+        if shape is None:
+            del strange[name]
+        torch.save(strange, tmp_path / f"SiT-{i}.pt")
+        yield tmp_path / f"SiT-{i}.pt", "does not hold a DiT with all its parts"
+    (tmp_path / "SiT-text.pt").write_text("no weights")
+    yield tmp_path / "SiT-text.pt", "is damaged or no file of weights"
+    (tmp_path / "SiT-folder").mkdir()
+    yield tmp_path / "SiT-folder", "cannot be read"
+
+
+def test_a_teacher_that_is_none_gets_one_sentence_from_the_dry_run_too(made, tmp_path):
+    for teacher, words in strange_teachers(tmp_path):
+        for more in (["--dry-run"], ["--out", tmp_path / "run"]):
+            code, _, err = script(meanflow_td, *imagenet(made, teacher=teacher), "--quick", *more)
+            assert code == 2 and words in err and str(teacher) in err and len(err.strip().splitlines()) == 1, err
+    for flags, words in ((["--taps", 1, 2], "blocks (1, 2) are to be tapped, and the teacher has 2"),
+                         (["--batch", 2, "--accumulate", 3], "a batch of 2 can't be taken in 3 parts")):
+        code, _, err = script(dmd_refine, *imagenet(made), "--quick", "--dry-run", *flags)
+        assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "run").exists()
+
+
 def test_stages_in_the_wrong_order_and_flags_that_do_not_belong(made, tmp_path):
     code, _, err = script(dmd_refine, *imagenet(made), "--quick", "--out", tmp_path / "run")
     assert code == 2 and "holds no finished td" in err and not (tmp_path / "run").exists()
