@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
-from data import (PUBLISHED, BadInput, alone, positive_number, progress, rng, sentences, to_uint8, whole_number,
+from data import (PUBLISHED, alone, positive_number, progress, rng, sentences, to_uint8, whole_number,
                   write_json, write_whole)  # fmt: skip
 from evaluate import NAMES, evaluate_run
 from meanflow_td import PLANS as STAGE_1

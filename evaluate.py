@@ -1009,6 +1009,9 @@ def open_painter(args):
             teacher = run.load("teacher")
     if wants_teacher and teacher is None:
         teacher, sha256 = load_teacher(args.teacher)
+        if run is not None and sha256 != settings["teacher sha256"]:
+            raise BadInput(f"{path} was trained with another teacher (sha256 {settings['teacher sha256'][:8]}...) than "
+                           f"--teacher {args.teacher} ({sha256[:8]}...)")  # fmt: skip
         teacher.to(args.device)
         told["teacher"] = None if args.sampler == "student" else sha256
     if run is None or settings["data"] == "imagenet":
@@ -1071,6 +1074,8 @@ def begin_samples(out, count, told):
     told = json.loads(json.dumps(told))
     if (out / SIDECAR).exists():
         was = data.read_json(out / SIDECAR)
+        if not isinstance(was, dict):
+            raise BadInput(f"{out / SIDECAR} does not say how the images beside it were made: name another by --out")
         differ = [f"{key} = {was.get(key)!r} there and {told[key]!r} now" for key in told if was.get(key) != told[key]]
         if differ:
             raise BadInput(f"{out} holds other samples ({', '.join(differ)}): name another by --out")
@@ -1085,8 +1090,8 @@ def begin_samples(out, count, told):
 def sample_images(args):
     """--sample: images 0 .. N - 1 to OUT/images, or those that are missing; grid.png; fingerprint.json."""
     painter, steps = open_painter(args), args.steps or SAMPLER_STEPS[args.sampler]
-    if args.sampler == "ddpm" and not isinstance(painter.teacher, models.DiTTeacher):
-        raise BadInput("--sampler ddpm is a DiT's own: of a SiT take sde or heun")
+    if args.sampler == "ddpm" and own_sampler(painter.teacher) != "ddpm":
+        raise BadInput("--sampler ddpm is a DiT's own, with a learned variance: of other teachers take sde or heun")
     if steps < 2 and args.sampler in ("ddpm", "sde"):
         raise BadInput(f"--sampler {args.sampler} takes at least 2 --steps")
     if isinstance(args.classes, tuple) and max(args.classes) >= painter.classes:
@@ -1126,11 +1131,17 @@ def sample_images(args):
           f"Next: python evaluate.py --images {folder} --reference ...")  # fmt: skip
 
 
+def own_sampler(teacher):
+    """The sampler of SAMPLER_STEPS with which a teacher was published; Heun's for any other."""
+    if isinstance(teacher, models.DiTTeacher) and teacher.net.config["learn_sigma"]:
+        return "ddpm"
+    return "sde" if isinstance(teacher, models.SiTTeacher) else "heun"
+
+
 def speed_up(painter, steps, args):
     """One sentence: milliseconds per image of student and teacher, decoder included, on one batch in this process."""
-    kinds = {models.DiTTeacher: "ddpm", models.SiTTeacher: "sde"}
     batch, ms = range(args.batch), {}
-    for sampler, many in (("student", steps), (kinds.get(type(painter.teacher), "heun"), None)):
+    for sampler, many in (("student", steps), (own_sampler(painter.teacher), None)):
         many = many or SAMPLER_STEPS[sampler]
         paint(painter, sampler, min(many, 2), batch, args)  # warms up
         _, *seconds = paint(painter, sampler, many, batch, args)

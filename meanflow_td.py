@@ -563,7 +563,11 @@ class ImageRun:
             raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with the same --data "
                            "first")  # fmt: skip
         net = self.network("", two_times)
-        net.load_state_dict(state["net"])
+        try:
+            net.load_state_dict(state["net"])
+        except (KeyError, RuntimeError) as error:  # judged-....pt, say, or the teacher where a student is asked for
+            raise BadInput(f"{self.folder.path / name}.pt is no {'student' if two_times else 'teacher'}: name another "
+                           "stage") from error  # fmt: skip
         return net.requires_grad_(False)
 
     def load_teacher(self):

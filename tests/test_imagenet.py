@@ -569,6 +569,11 @@ def test_guidance_of_a_teachers_samples_is_what_the_flags_say(made, tmp_path):
 def test_sampling_refuses(made, student, tmp_path):
     flags = ["--sample", 2, "--vae", made / "vae.pt", "--device", "cpu", "--out", tmp_path / "new"]
     torch.save(tiny_vae(1.0).state_dict(), tmp_path / "other.pt")
+    torch.save(fill(DiT(**{**TINY, "learn_sigma": False})).state_dict(), tmp_path / "DiT-no-sigma.pt")
+    shutil.copytree(student, tmp_path / "run")
+    run = data.RunFolder(tmp_path / "run", {})
+    run.write(run.path / "judged.pt", {"row": {}})
+    run.write(run.path / "teacher.pt", {"net": tiny_teacher().state_dict()})
     for arguments, sentence in [
         (["--checkpoint", tmp_path / "absent.pt"], "is not there"),
         (["--checkpoint", made / "SiT-tiny.pt"], "is no run folder"),
@@ -577,10 +582,18 @@ def test_sampling_refuses(made, student, tmp_path):
         (["--checkpoint", student / "td.pt", "--classes", "0,3"], "--classes names 3, but the classes are 0 .. 2"),
         (["--checkpoint", student / "td.pt", "--vae", tmp_path / "other.pt"], "was trained with another VAE"),
         (["--sampler", "ddpm", "--teacher", made / "SiT-tiny.pt"], "--sampler ddpm is a DiT's own"),
+        (["--sampler", "ddpm", "--teacher", tmp_path / "DiT-no-sigma.pt"], "--sampler ddpm is a DiT's own"),
+        (["--checkpoint", run.path / "judged.pt"], "judged.pt is no student: name another stage"),
+        (["--checkpoint", run.path / "teacher.pt"], "teacher.pt is no student: name another stage"),
+        (["--checkpoint", student, "--sampler", "heun", "--teacher", made / "DiT-tiny.pt"], "with another teacher"),
     ]:
         code, _, err = script(evaluate, *flags, *arguments)
         assert code == 2 and sentence in err and len(err.strip().splitlines()) == 1, err
     assert not (tmp_path / "new").exists()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "fingerprint.json").write_text("[]")
+    code, _, err = script(evaluate, *flags, "--checkpoint", student)
+    assert code == 2 and "fingerprint.json does not say how" in err and len(err.strip().splitlines()) == 1, err
     code, _, err = script(evaluate, *flags, "--classes", "cat")
     assert code == 2 and "'cat' is not random, balanced" in err
 
