@@ -9,6 +9,7 @@ import json
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -526,6 +527,30 @@ def test_samples_are_functions_of_seed_and_index(made, student, tmp_path):
     assert told["seed"] == 1 and told["nfe"] == 1 and evaluate.read_sidecar(tmp_path / "b" / "images")["seed"] == 1
     with Image.open(tmp_path / "b" / "grid.png") as picture:
         assert picture.width == 640
+
+
+def test_one_process_alone_writes_samples_and_ctrl_c_waits_for_a_batch(made, student, tmp_path, monkeypatch):
+    flags = ["--sample", 5, "--batch", 2, "--vae", made / "vae.pt", "--device", "cpu", "--checkpoint", student, "--out"]
+    paint, before = evaluate.paint, signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def press(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return paint(*arguments)
+
+    monkeypatch.setattr(data.Patience, "asked", False)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "paint", press)
+        code, _, err = script(evaluate, *flags, tmp_path / "a")
+    signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(data.Patience, "asked", False)
+    assert code == 130 and "as soon as this step is saved" in err and len(pixels(tmp_path / "a")) == 2
+    (tmp_path / "a" / "images" / "000002.png.7.partial").touch()  # what a kill leaves
+    with data.alone(tmp_path / "a"):
+        code, _, err = script(evaluate, *flags, tmp_path / "a")
+    assert code == 2 and "another process works in" in err
+    for out in ("a", "b"):
+        assert script(evaluate, *flags, tmp_path / out)[0] == 0
+    assert pixels(tmp_path / "a") == pixels(tmp_path / "b") and len(pixels(tmp_path / "a")) == 5
 
 
 def test_labels():
