@@ -846,8 +846,9 @@ def encode_folder(folder, vae, cache, *, vae_sha256, scale, batch=32, shard_imag
     """Write the moments of all images of an ImageFolder and of their mirror images, or go on where a call was cut off.
 
     Finished shards are checked by their sha256, and encoded again only if damaged. Equal batch, device and threads give
-    equal bits. An image that can't be read is named and left out. Raises BadInput: a cache of something else, a size
-    that the VAE can't halve, a disk that is too small, all before anything is written; with `strict`, such an image."""
+    equal bits. An image that can't be read is named and left out. Ctrl-C waits until the shard at hand is written.
+    Raises BadInput: a cache of something else, or in which another process works, a size that the VAE can't halve, a
+    disk that is too small, all before anything is written; with `strict`, such an image."""
     cache, factor = Path(cache), 2 ** (len(vae.encoder.down_blocks) - 1)
     if folder.size % factor:
         raise BadInput(f"a size of {folder.size} px is not a multiple of {factor}, as this VAE needs it.")
@@ -861,7 +862,11 @@ def encode_folder(folder, vae, cache, *, vae_sha256, scale, batch=32, shard_imag
         "paths sha256": hashlib.sha256(b"\n".join(map(os.fsencode, names))).hexdigest(),
         "classes": [list(pair) for pair in zip(folder.classes, np.bincount(folder.labels).tolist())],
     }  # fmt: skip
-    records = dict(finished_shards(cache, made))
+    begun = finished_shards(cache, made)
+    if cache.is_dir():
+        with alone(cache):  # a second process is refused now, not after minutes of checks
+            pass
+    records = dict(begun)
 
     def inspect(k):  # what the manifest says of a shard is a function of its bytes, so an unrecorded one loses nothing
         lost = np.isnan(open_shard(cache, made, k)[:, 0, 0, 0, 0, 0]).nonzero()[0] + k * shard_images
@@ -893,7 +898,9 @@ def encode_folder(folder, vae, cache, *, vae_sha256, scale, batch=32, shard_imag
 
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with alone(cache), progress(None, "encoding", total=left, unit=" images") as bar:
+        with alone(cache), Patience(), progress(None, "encoding", total=left, unit=" images") as bar:
+            if finished_shards(cache, made) != begun:
+                raise BadInput(f"another process has just worked in {cache}: run the same again.")
             write_manifest()
             for k in missing:
                 rows = range(len(folder))[k * shard_images : (k + 1) * shard_images]
@@ -901,6 +908,7 @@ def encode_folder(folder, vae, cache, *, vae_sha256, scale, batch=32, shard_imag
                 write_whole(shard_path(cache, k), lambda file: np.save(file, moments))
                 records[shard_path(cache, k).name] = inspect(k)
                 write_manifest()
+                Patience.look()
     except OSError as error:
         raise BadInput(f"can't write {cache} ({error.strerror}): put that right, then run the same again.") from error
     whole = len(LatentCache(cache))
@@ -1063,7 +1071,7 @@ def alone(path):
 
     BadInput if one does, or if the folder can't be written to."""
     if not os.access(path, os.W_OK):
-        raise BadInput(f"can't write to {path}: name another folder with --out")
+        raise BadInput(f"can't write to {path}: name another folder")
     if fcntl is None:
         yield
         return

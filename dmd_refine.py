@@ -48,17 +48,17 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
-from data import (PUBLISHED, BadInput, alone, positive_number, progress, rng, sentences, to_uint8, whole_number,
+from data import (PUBLISHED, alone, positive_number, progress, rng, sentences, to_uint8, whole_number,
                   write_json, write_whole)  # fmt: skip
 from evaluate import NAMES, evaluate_run
 from meanflow_td import PLANS as STAGE_1
 from meanflow_td import (LOOK_EVERY, TEACHERS, WRAPPERS, ImageRun, add_run_arguments, add_training_arguments, autocast,
-                         backward_in_parts, check_finite, check_training, count_clipped, draw_times,
+                         backward_in_parts, check_finite, check_section, check_training, count_clipped, draw_times,
                          flow_matching_loss, generate, in_parts, labelled, learning_rate, meanflow_loss, missing_parts,
                          new_network, open_run, pick, plan_name, sample, share_clipped, student_config,
-                         student_objective, teacher_kind)
-from models import (DiT, DiTTeacher, add_noise, autocast_off, dit_by_name, dit_from_weights, expand_times, frozen_copy,
-                    normal_like, read_weights, update_ema, x0_from_velocity)  # fmt: skip
+                         student_objective, teacher_kind, teacher_net, teacher_weights)
+from models import (DiT, DiTTeacher, add_noise, autocast_off, dit_by_name, expand_times, frozen_copy, normal_like,
+                    update_ema, x0_from_velocity)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses
@@ -310,9 +310,6 @@ def refine_images(run, name, seed):
     plan = dict(run.plan[name])
     init, pooling = plan.pop("init"), plan.pop("pooling")
     stage, teacher = f"{name}-seed{seed}", run.load_teacher()
-    if max(plan["taps"]) >= len(teacher.net.blocks):
-        raise BadInput(f"blocks {plan['taps']} are to be tapped, and the teacher has {len(teacher.net.blocks)}, "
-                       "counted from 0: name others by --taps")  # fmt: skip
 
     def compute(keep):
         student = run.student(teacher)  # --init teacher: answers as the teacher does, which no one-step sample is
@@ -629,10 +626,13 @@ def dry_run(args, given):
     if args.teacher in PUBLISHED:
         build = partial(dit_by_name, args.teacher)
     else:
-        build = partial(dit_from_weights, read_weights(args.teacher)) if os.path.exists(args.teacher) else None
+        there = os.path.exists(args.teacher)
+        build = partial(teacher_net, args.teacher, teacher_weights(args.teacher)) if there else None
     if build is not None:
         with FakeTensorMode():
             teacher = TEACHERS[teacher_kind(args.teacher)](build())
+            for plan in plans.values():
+                check_section(plan, len(teacher.net.blocks), args.accumulate)
             config = student_config(teacher, STAGE_1[name]["network"])
             student = WRAPPERS[config.pop("wrapper")](DiT(**config, two_times=True))
             rows = [-(-plan["batch"] // args.accumulate) for plan in plans.values()]

@@ -446,7 +446,7 @@ def extract(net, source, folder, *, resize, batch=32, keep=(), device="cpu", tit
     first, begun, saved = state["done"], time.monotonic(), time.monotonic()
     spans = [range(start, min(start + batch, n)) for start in range(first, n, batch)]
     bar = tqdm(total=n, initial=first, unit=" images", desc=title, disable=not sys.stderr.isatty())
-    with ThreadPoolExecutor(1) as reader, bar:
+    with ThreadPoolExecutor(1) as reader, bar, data.Patience():
         ahead = reader.submit(source.images, spans[0]) if spans else None
         for span, following in zip(spans, [*spans[1:], None]):
             images, ahead = ahead.result(), reader.submit(source.images, following) if following else None
@@ -461,11 +461,12 @@ def extract(net, source, folder, *, resize, batch=32, keep=(), device="cpu", tit
                 rows[a:b] = features[name].cpu().numpy()[keep[a:b] - span.start]
             state["done"] = span.stop
             bar.update(len(span))
-            if time.monotonic() - saved > SAVE_SECONDS or span.stop == n:
+            if time.monotonic() - saved > SAVE_SECONDS or span.stop == n or data.Patience.asked:
                 save()
                 saved = time.monotonic()
                 if bar.disable:
                     print(f"{title}: {span.stop} of {n}, {(span.stop - first) / (saved - begun):.1f} images/s")
+            data.Patience.look()
     rate = (n - first) / (time.monotonic() - begun) if spans else None
     rows = {"pool_rows": kept["pool"], "logit_rows": kept["logits_no_bias"]}
     return {**moments, **rows, "pixels": state["pixels"], "rate": rate}
@@ -556,12 +557,18 @@ def refuse_few(name, source, allow_small):
         )
 
 
+def read_results(path):
+    """The rows of a results.json; none if it is not there. BadInput if it holds something else."""
+    rows = data.read_json(path) if path.exists() else []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise BadInput(f"{path} is not a list of results.")
+    return rows
+
+
 def evaluate(args):
     """Compare args.images with args.reference, and add the row of metrics to OUT/results.json. -> the row."""
     results = args.out / "results.json"
-    rows = data.read_json(results) if results.exists() else []
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise BadInput(f"{results} is not a list of results.")
+    read_results(results)  # refused before the work
     source, sample = open_images(args.images), read_sidecar(args.images)
     reference = open_reference(args.reference, source.size, args.glyphs)
     refuse_few(args.images, source, args.allow_small)
@@ -594,7 +601,8 @@ def evaluate(args):
     }  # fmt: skip
     row = {"run": str(args.images), "seed": sample["seed"], "nfe": sample["nfe"], "metrics": score}
     row |= {"images_per_second": gen["rate"], "fingerprint": fingerprint}
-    rows = [r for r in rows if r.get("fingerprint") != fingerprint] + [row]
+    # read only now: meanwhile another process may have scored other images
+    rows = [r for r in read_results(results) if r.get("fingerprint") != fingerprint] + [row]
     data.write_json(results, rows)
     shutil.rmtree(folder)  # the reference's features stay: other images will be compared with them
     return row
@@ -1009,6 +1017,9 @@ def open_painter(args):
             teacher = run.load("teacher")
     if wants_teacher and teacher is None:
         teacher, sha256 = load_teacher(args.teacher)
+        if run is not None and sha256 != settings["teacher sha256"]:
+            raise BadInput(f"{path} was trained with another teacher (sha256 {settings['teacher sha256'][:8]}...) than "
+                           f"--teacher {args.teacher} ({sha256[:8]}...)")  # fmt: skip
         teacher.to(args.device)
         told["teacher"] = None if args.sampler == "student" else sha256
     if run is None or settings["data"] == "imagenet":
@@ -1071,6 +1082,8 @@ def begin_samples(out, count, told):
     told = json.loads(json.dumps(told))
     if (out / SIDECAR).exists():
         was = data.read_json(out / SIDECAR)
+        if not isinstance(was, dict):
+            raise BadInput(f"{out / SIDECAR} does not say how the images beside it were made: name another by --out")
         differ = [f"{key} = {was.get(key)!r} there and {told[key]!r} now" for key in told if was.get(key) != told[key]]
         if differ:
             raise BadInput(f"{out} holds other samples ({', '.join(differ)}): name another by --out")
@@ -1085,8 +1098,8 @@ def begin_samples(out, count, told):
 def sample_images(args):
     """--sample: images 0 .. N - 1 to OUT/images, or those that are missing; grid.png; fingerprint.json."""
     painter, steps = open_painter(args), args.steps or SAMPLER_STEPS[args.sampler]
-    if args.sampler == "ddpm" and not isinstance(painter.teacher, models.DiTTeacher):
-        raise BadInput("--sampler ddpm is a DiT's own: of a SiT take sde or heun")
+    if args.sampler == "ddpm" and own_sampler(painter.teacher) != "ddpm":
+        raise BadInput("--sampler ddpm is a DiT's own, with a learned variance: of other teachers take sde or heun")
     if steps < 2 and args.sampler in ("ddpm", "sde"):
         raise BadInput(f"--sampler {args.sampler} takes at least 2 --steps")
     if isinstance(args.classes, tuple) and max(args.classes) >= painter.classes:
@@ -1104,11 +1117,12 @@ def sample_images(args):
     # whole batches, so that a row has the same neighbours and the same rounding, whenever it is made
     batches = [batch for batch in batches if not all(paths[i].exists() for i in batch)]
     times = []
-    with ThreadPoolExecutor(4) as pool:
+    with data.alone(out), ThreadPoolExecutor(4) as pool, data.Patience():
         for batch in data.progress(batches, "samples"):
             images, *seconds = paint(painter, args.sampler, steps, batch, args)
             times.append([1000 * part / len(batch) for part in seconds])
             list(pool.map(data.save_png, [paths[i] for i in batch], data.to_uint8(images)))
+            data.Patience.look()
     if times:
         sampling, decoding = np.mean(times[len(times) > 1 :], axis=0)  # the first batch warms up
         print(f"{sampling + decoding:.2f} ms per image, {sampling:.2f} of them by {args.sampler} in {steps} steps, the "
@@ -1126,11 +1140,17 @@ def sample_images(args):
           f"Next: python evaluate.py --images {folder} --reference ...")  # fmt: skip
 
 
+def own_sampler(teacher):
+    """The sampler of SAMPLER_STEPS with which a teacher was published; Heun's for any other."""
+    if isinstance(teacher, models.DiTTeacher) and teacher.net.config["learn_sigma"]:
+        return "ddpm"
+    return "sde" if isinstance(teacher, models.SiTTeacher) else "heun"
+
+
 def speed_up(painter, steps, args):
     """One sentence: milliseconds per image of student and teacher, decoder included, on one batch in this process."""
-    kinds = {models.DiTTeacher: "ddpm", models.SiTTeacher: "sde"}
     batch, ms = range(args.batch), {}
-    for sampler, many in (("student", steps), (kinds.get(type(painter.teacher), "heun"), None)):
+    for sampler, many in (("student", steps), (own_sampler(painter.teacher), None)):
         many = many or SAMPLER_STEPS[sampler]
         paint(painter, sampler, min(many, 2), batch, args)  # warms up
         _, *seconds = paint(painter, sampler, many, batch, args)

@@ -41,8 +41,8 @@ import torch
 from torch import nn
 
 from data import (PUBLISHED, BadInput, Diverged, EncodedFolder, Glyphs, ImageFolder, LatentCache, RunFolder, alone,
-                  decode_latents, fetch, load_vae, positive_number, progress, rng, save_grid, sentences, sha256_file,
-                  to_uint8, weights_path, whole_number)  # fmt: skip
+                  decode_latents, fetch, in_short, load_vae, positive_number, progress, rng, save_grid, sentences,
+                  sha256_file, to_uint8, weights_path, whole_number)  # fmt: skip
 from models import (SD_VAE_SCALE, DiT, DiTTeacher, SiTTeacher, Teacher, add_noise, autocast_off, dit_by_name,
                     dit_from_weights, expand_times, frozen_copy, load_weights, read_weights, student_from_teacher,
                     update_ema)  # fmt: skip
@@ -450,6 +450,17 @@ PLANS |= {
 LOOK_EVERY = 500  # steps between two pictures of samples
 
 
+def check_section(section, blocks, accumulate):
+    """BadInput if what a section of a plan asks for can't be done with a teacher of so many blocks, in so many parts.
+
+    To be asked before a run folder takes the section: it would keep it, and refuse the mended one as another run's."""
+    if "batch" in section:
+        in_parts(section["batch"], accumulate)
+    if max(section.get("taps", (0,))) >= blocks:
+        raise BadInput(f"blocks {tuple(section['taps'])} are to be tapped, and the teacher has {blocks}, counted from "
+                       "0: name others by --taps")  # fmt: skip
+
+
 def new_network(seed, stream, build):
     """build() on the CPU, with random weights that depend on (seed, stream) alone; the global state stays as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -476,7 +487,7 @@ class ImageRun:
     args: the command line, of `add_run_arguments`. given: {(section, key): value or None}, settings from flags. A new
     run folder takes PLANS with these in it; one that is there has its settings, and these must agree with them.
     more: other sections. needs: stages that an earlier script has finished; without them nothing is written.
-    Raises BadInput: no data, a folder with other settings, a stage that is not there yet.
+    Raises BadInput: no data, settings that can't be, a folder with others, a stage that is not there yet.
     """
 
     def __init__(self, args, given, more=None, needs=()):
@@ -500,6 +511,9 @@ class ImageRun:
                 plan[section][key] = value
         for name, section in opened.items():
             plan[name] |= section
+        blocks = self.teacher.net.config["depth"] if args.data == "imagenet" else plan["network"]["depth"]
+        for name in more or plan:
+            check_section(plan[name], blocks, args.accumulate)
         self.begin(RunFolder(path, plan), plan)
         if args.data == "glyphs":
             self.source = Glyphs(args.size, seed=self.seed)
@@ -549,7 +563,11 @@ class ImageRun:
             raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with the same --data "
                            "first")  # fmt: skip
         net = self.network("", two_times)
-        net.load_state_dict(state["net"])
+        try:
+            net.load_state_dict(state["net"])
+        except (KeyError, RuntimeError) as error:  # judged-....pt, say, or the teacher where a student is asked for
+            raise BadInput(f"{self.folder.path / name}.pt is no {'student' if two_times else 'teacher'}: name another "
+                           "stage") from error  # fmt: skip
         return net.requires_grad_(False)
 
     def load_teacher(self):
@@ -639,6 +657,22 @@ def teacher_kind(name):
     return kinds[0]
 
 
+def teacher_weights(path):
+    """The weights {name: tensor} in a teacher's file. BadInput if it holds none."""
+    try:
+        return read_weights(path)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def teacher_net(path, weights):
+    """The DiT of the sizes that a teacher's weights have, random still. BadInput, with their file's name, if of none."""
+    try:
+        return dit_from_weights(weights)
+    except Exception as error:  # missing names and strange shapes can break any line there
+        raise BadInput(f"{path} does not hold a DiT with all its parts ({in_short(error)})") from error
+
+
 def load_teacher(name):
     """-> a frozen published teacher in the wrapper that its name asks for, and the sha256 of its file.
 
@@ -647,15 +681,12 @@ def load_teacher(name):
     """
     kind = teacher_kind(name)
     path = fetch(PUBLISHED[name], "--teacher") if name in PUBLISHED else Path(name)
-    sha256 = sha256_file(path)
+    sha256, weights = sha256_file(path), teacher_weights(path)
+    net = dit_by_name(name) if name in PUBLISHED else teacher_net(path, weights)
     try:
-        weights = read_weights(path)
-        net = dit_by_name(name) if name in PUBLISHED else dit_from_weights(weights)
         load_weights(net, weights, path)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    except (KeyError, IndexError, RuntimeError) as error:  # a DiT's names, with parts missing or of strange shapes
-        raise BadInput(f"{path} does not hold a DiT with all its parts ({error})") from error
     return TEACHERS[kind](net.eval().requires_grad_(False)), sha256
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+import signal
 import subprocess
 import sys
 import time
@@ -470,6 +471,38 @@ def test_metrics_are_those_of_the_features(tmp_path, fake):
         assert got[name] == pytest.approx(expected, rel=1e-6)
     assert got["IS"] == pytest.approx(evaluate.inception_score(gen["logits_no_bias"]), rel=1e-6)
     assert (got["precision"], got["recall"]) == evaluate.precision_recall(ref["pool"], gen["pool"])
+
+
+def test_rows_that_another_process_wrote_meanwhile_stay(tmp_path, fake, monkeypatch):
+    images, inception_score = make_folder(tmp_path / "images", 20), evaluate.inception_score
+
+    def meanwhile(logits):
+        data.write_json(tmp_path / "out" / "results.json", [{"run": "of another process"}])
+        return inception_score(logits)
+
+    monkeypatch.setattr(evaluate, "inception_score", meanwhile)
+    run("--images", images, "--reference", images, "--allow-small", "--out", tmp_path / "out")
+    assert [row["run"] for row in rows(tmp_path / "out")] == ["of another process", str(images)]
+
+
+def test_ctrl_c_saves_the_features_of_the_batch_at_hand(tmp_path, fake, monkeypatch):
+    glyphs, before = data.Glyphs(16, length=20), signal.signal(signal.SIGINT, signal.default_int_handler)
+    options = {"resize": "tf1", "batch": 4, "keep": np.arange(20)}
+
+    class Pressed(FakeNet):
+        def forward(self, *arguments, **settings):
+            signal.raise_signal(signal.SIGINT)
+            return super().forward(*arguments, **settings)
+
+    monkeypatch.setattr(data.Patience, "asked", False)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.extract(Pressed(), glyphs, tmp_path / "a", **options)
+    signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(data.Patience, "asked", False)
+    assert data.read_checkpoint(tmp_path / "a" / "state.pt")["done"] == 4
+    again = evaluate.extract(FakeNet(), glyphs, tmp_path / "a", **options)
+    np.testing.assert_array_equal(again["pool_rows"], evaluate.extract(FakeNet(), glyphs, tmp_path / "b",
+                                                                      **options)["pool_rows"])  # fmt: skip
 
 
 def test_kept_features_are_not_taken_for_others(tmp_path, fake):

@@ -117,7 +117,7 @@ def test_a_read_only_folder_is_refused_before_any_work(tmp_path, capsys, monkeyp
     new.mkdir(0o555)
     for module, folder, arguments in ((meanflow_td, out, TEACHER), (toy2d, new, ["--quick"])):
         assert end(module, *arguments, "--out", folder) == 2
-        said(capsys, f"can't write to {folder}: name another folder with --out")
+        said(capsys, f"can't write to {folder}: name another folder")
     out.chmod(0o755)
 
 

@@ -9,6 +9,7 @@ import json
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -255,6 +256,35 @@ def test_parts_that_do_not_fit_get_one_sentence(made, tmp_path, monkeypatch, spo
     assert contents(tmp_path) == before
 
 
+def strange_teachers(tmp_path):
+    """(a file or folder that is no teacher, a word of what is said of it): shapes that no DiT has, and no weights."""
+    weights = DiT(**TINY).state_dict()
+    for i, (name, shape) in enumerate([("final_layer.linear.bias", ()), ("blocks.0.mlp.fc1.bias", ()),
+                                       ("x_embedder.proj.weight", (0, 4, 2, 2)), ("pos_embed", (16,)),
+                                       ("pos_embed", None)]):  # fmt: skip
+        strange = {**weights, name: torch.zeros(shape or ())}
+        if shape is None:
+            del strange[name]
+        torch.save(strange, tmp_path / f"SiT-{i}.pt")
+        yield tmp_path / f"SiT-{i}.pt", "does not hold a DiT with all its parts"
+    (tmp_path / "SiT-text.pt").write_text("no weights")
+    yield tmp_path / "SiT-text.pt", "is damaged or no file of weights"
+    (tmp_path / "SiT-folder").mkdir()
+    yield tmp_path / "SiT-folder", "cannot be read"
+
+
+def test_a_teacher_that_is_none_gets_one_sentence_from_the_dry_run_too(made, tmp_path):
+    for teacher, words in strange_teachers(tmp_path):
+        for more in (["--dry-run"], ["--out", tmp_path / "run"]):
+            code, _, err = script(meanflow_td, *imagenet(made, teacher=teacher), "--quick", *more)
+            assert code == 2 and words in err and str(teacher) in err and len(err.strip().splitlines()) == 1, err
+    for flags, words in ((["--taps", 1, 2], "blocks (1, 2) are to be tapped, and the teacher has 2"),
+                         (["--batch", 2, "--accumulate", 3], "a batch of 2 can't be taken in 3 parts")):
+        code, _, err = script(dmd_refine, *imagenet(made), "--quick", "--dry-run", *flags)
+        assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "run").exists()
+
+
 def test_stages_in_the_wrong_order_and_flags_that_do_not_belong(made, tmp_path):
     code, _, err = script(dmd_refine, *imagenet(made), "--quick", "--out", tmp_path / "run")
     assert code == 2 and "holds no finished td" in err and not (tmp_path / "run").exists()
@@ -499,6 +529,30 @@ def test_samples_are_functions_of_seed_and_index(made, student, tmp_path):
         assert picture.width == 640
 
 
+def test_one_process_alone_writes_samples_and_ctrl_c_waits_for_a_batch(made, student, tmp_path, monkeypatch):
+    flags = ["--sample", 5, "--batch", 2, "--vae", made / "vae.pt", "--device", "cpu", "--checkpoint", student, "--out"]
+    paint, before = evaluate.paint, signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def press(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return paint(*arguments)
+
+    monkeypatch.setattr(data.Patience, "asked", False)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "paint", press)
+        code, _, err = script(evaluate, *flags, tmp_path / "a")
+    signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(data.Patience, "asked", False)
+    assert code == 130 and "as soon as this step is saved" in err and len(pixels(tmp_path / "a")) == 2
+    (tmp_path / "a" / "images" / "000002.png.7.partial").touch()  # what a kill leaves
+    with data.alone(tmp_path / "a"):
+        code, _, err = script(evaluate, *flags, tmp_path / "a")
+    assert code == 2 and "another process works in" in err
+    for out in ("a", "b"):
+        assert script(evaluate, *flags, tmp_path / out)[0] == 0
+    assert pixels(tmp_path / "a") == pixels(tmp_path / "b") and len(pixels(tmp_path / "a")) == 5
+
+
 def test_labels():
     def labels(wanted, seed=0):
         return [evaluate.label_of(i, wanted, 3, seed) for i in range(300)]
@@ -540,6 +594,11 @@ def test_guidance_of_a_teachers_samples_is_what_the_flags_say(made, tmp_path):
 def test_sampling_refuses(made, student, tmp_path):
     flags = ["--sample", 2, "--vae", made / "vae.pt", "--device", "cpu", "--out", tmp_path / "new"]
     torch.save(tiny_vae(1.0).state_dict(), tmp_path / "other.pt")
+    torch.save(fill(DiT(**{**TINY, "learn_sigma": False})).state_dict(), tmp_path / "DiT-no-sigma.pt")
+    shutil.copytree(student, tmp_path / "run")
+    run = data.RunFolder(tmp_path / "run", {})
+    run.write(run.path / "judged.pt", {"row": {}})
+    run.write(run.path / "teacher.pt", {"net": tiny_teacher().state_dict()})
     for arguments, sentence in [
         (["--checkpoint", tmp_path / "absent.pt"], "is not there"),
         (["--checkpoint", made / "SiT-tiny.pt"], "is no run folder"),
@@ -548,10 +607,18 @@ def test_sampling_refuses(made, student, tmp_path):
         (["--checkpoint", student / "td.pt", "--classes", "0,3"], "--classes names 3, but the classes are 0 .. 2"),
         (["--checkpoint", student / "td.pt", "--vae", tmp_path / "other.pt"], "was trained with another VAE"),
         (["--sampler", "ddpm", "--teacher", made / "SiT-tiny.pt"], "--sampler ddpm is a DiT's own"),
+        (["--sampler", "ddpm", "--teacher", tmp_path / "DiT-no-sigma.pt"], "--sampler ddpm is a DiT's own"),
+        (["--checkpoint", run.path / "judged.pt"], "judged.pt is no student: name another stage"),
+        (["--checkpoint", run.path / "teacher.pt"], "teacher.pt is no student: name another stage"),
+        (["--checkpoint", student, "--sampler", "heun", "--teacher", made / "DiT-tiny.pt"], "with another teacher"),
     ]:
         code, _, err = script(evaluate, *flags, *arguments)
         assert code == 2 and sentence in err and len(err.strip().splitlines()) == 1, err
     assert not (tmp_path / "new").exists()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "fingerprint.json").write_text("[]")
+    code, _, err = script(evaluate, *flags, "--checkpoint", student)
+    assert code == 2 and "fingerprint.json does not say how" in err and len(err.strip().splitlines()) == 1, err
     code, _, err = script(evaluate, *flags, "--classes", "cat")
     assert code == 2 and "'cat' is not random, balanced" in err
 

@@ -330,6 +330,49 @@ def test_refused_in_one_sentence_with_nothing_created(made, tmp_path, what):
     assert contents(root) == before
 
 
+def test_a_second_process_is_refused_before_its_checks_and_after_them(made, tmp_path, monkeypatch):
+    root = copied(made, tmp_path)
+    (root / "cache" / "moments-00001.npy").unlink()
+    before, check = contents(root), data.open_shard
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "open_shard", None)  # what checks a shard
+        with data.alone(root / "cache"):
+            code, _, err = encode(root)
+        assert code == 2 and "another process works in" in err and contents(root) == before
+
+    def meanwhile(*arguments):  # while one process checks, another begins and ends
+        monkeypatch.setattr(data, "open_shard", check)
+        told = data.read_manifest(root / "cache")
+        del told["shards"]["moments-00001.npy"]
+        data.write_json(root / "cache" / "manifest.json", {**told, "sha256": data.sha256_json(told)})
+        return check(*arguments)
+
+    monkeypatch.setattr(data, "open_shard", meanwhile)
+    code, _, err = encode(root)
+    assert code == 2 and "another process has just worked in" in err
+    assert encode(root)[0] == 0 and data.read_manifest(root / "cache") == data.read_manifest(made[0] / "cache")
+
+
+def test_ctrl_c_waits_until_the_shard_is_written(made, tmp_path, monkeypatch):
+    encode_shard, before = data.encode_shard, signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def press(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return encode_shard(*arguments)
+
+    monkeypatch.setattr(data.Patience, "asked", False)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "encode_shard", press)
+        code, _, err = encode(made[0], cache=tmp_path / "cache")
+    signal.signal(signal.SIGINT, before)
+    assert code == 130 and "stopping as soon as this step is saved" in err and "the same command goes on" in err
+    assert list(data.read_manifest(tmp_path / "cache")["shards"]) == ["moments-00000.npy"]
+    monkeypatch.setattr(data.Patience, "asked", False)
+    code, out, _ = encode(made[0], cache=tmp_path / "cache")
+    assert code == 0 and "in 3 shards, 2 of them to be written" in out
+    assert contents(tmp_path / "cache") == contents(made[0] / "cache")
+
+
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(made, tmp_path, monkeypatch):
     usage, asked = shutil.disk_usage(tmp_path), []
     need = 12 * 2 * 2 * 4 * 8 * 8 * 2

@@ -310,6 +310,19 @@ def test_a_teacher_may_be_copied_into_a_run_with_other_students(tmp_path, capsys
     assert "was made in a run with other settings of teacher" in said
 
 
+def test_settings_that_can_not_be_are_refused_before_the_folder_takes_them(tmp_path, capsys, begun):
+    """A folder that had taken them would refuse the mended command as another run's."""
+    run, new = tmp_path / "run", tmp_path / "new"
+    shutil.copytree(begun, run)
+    before = snapshot(run)
+    said = refuse(capsys, "dmd_refine.py", "--quick", "--out", run, "--taps", "0", "2")
+    assert "blocks (0, 2) are to be tapped, and the teacher has 2" in said
+    said = refuse(capsys, "dmd_refine.py", "--quick", "--out", run, "--batch", "4", "--accumulate", "5")
+    assert "a batch of 4 can't be taken in 5 parts" in said and snapshot(run) == before
+    refuse(capsys, "meanflow_td.py", "--quick", "--out", new, "--batch", "4", "--accumulate", "5")
+    assert not list(new.iterdir())
+
+
 def test_settings_that_are_not_given_are_those_of_the_run(begun):
     before = snapshot(begun)
     meanflow_td.main(["--quick", "--out", str(begun)])  # 60 and 30 updates in a new run, 1 in this one: it is finished
