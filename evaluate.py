@@ -1081,7 +1081,8 @@ def begin_samples(out, count, told):
         raise BadInput(f"{folder} holds files and no {SIDECAR} is beside it: name another folder by --samples-out")
     if (there := sum(path.suffix == ".png" for path in folder.iterdir())) > count:
         raise BadInput(f"{folder} holds {there} images, more than {count}: name another folder, or ask for more")
-    data.write_json(out / SIDECAR, told)
+    if not world()[0]:
+        data.write_json(out / SIDECAR, told)
     return folder
 
 

@@ -26,6 +26,7 @@ dmd_refine.py, starts from there.
     python toy2d.py                            # points in the plane call the functions here
     python meanflow_td.py --data glyphs        # images: trains the teacher, then the TD student
     python meanflow_td.py --data imagenet --dry-run       # the main experiment: what it takes, and what is missing
+    torchrun --nproc_per_node=8 meanflow_td.py --data imagenet --device cuda ...          # 8 GPUs share each batch
 
 Departures from MeanFlow: which times are drawn (`draw_times`), and a teacher's velocity in the place of eps - x_0.
 """
