@@ -6,12 +6,13 @@
     NpzImages    one .npz file in the format of ADM's evaluator: `arr_0`, uint8 (N, H, W, C)
     LatentCache  latents of such a tree, encoded once by Stable Diffusion's VAE; EncodedFolder encodes them when drawn
     RunFolder    runs/<name>/: all that a run leaves behind, written whole or not at all
+    add_up       sums over the ranks of one run, the processes that torchrun starts
 
 Images are uint8 (H, W, C), C = 3 (RGB) or 1 (grey). Every source of them has `size`, `channels`, `len()`, and
 `images(indices) -> uint8 (B, H, W, C)`. What is trained on has `draw(batch, generator) -> x_0 (B, C, H, W), y (B,)` on
-the generator's device, and the names of its `classes`. Randomness is a function of (seed, stream, step), never of
-history: the same step of the same run draws the same numbers, whatever ran before it. What a user hands over and nobody
-can use raises BadInput.
+the generator's device, and the names of its `classes`; draw(batch, generator, rows) makes some rows of that batch
+alone. Randomness is a function of (seed, stream, step), never of history: the same step of the same run draws the same
+numbers, whatever ran before it. What a user hands over and nobody can use raises BadInput.
 
     python data.py --encode --data-dir imagenet/train --cache imagenet-latents --vae ema --device cuda
 
@@ -19,9 +20,10 @@ writes what LatentCache reads; cut off at any moment, the same command goes on.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 import argparse
 import csv
+from datetime import timedelta
 import functools
 import hashlib
 import http.client
@@ -49,6 +51,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,26 +157,141 @@ def positive_number(text):
 
 
 @contextmanager
-def sentences(parser):
+def sentences(parser, device=None):
     """Inside, what a user can mend ends the script with one sentence in the place of a traceback.
 
-    Yields an ExitStack, for the lock of the run folder that the script will find."""
+    device: of work that `ranks` divides, else None. Yields an ExitStack, for the lock of the run folder that the script
+    will find."""
+    rank = int(os.environ.get("RANK", 0))
+
+    def leave(code, said):
+        if rank and code != 130:
+            time.sleep(LAST_WORDS)  # rank 0 mostly has the same to say, and at its end torchrun ends the others
+        parser.exit(code, said if code != 130 or not rank else None)
+
     try:
         with ExitStack() as held:
+            held.enter_context(ranks(device))
             yield held
     except BadInput as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        leave(2, f"{parser.prog}: {error}\n")
     except OSError as error:
-        parser.exit(2, f"{parser.prog}: {error}; what was saved is kept, and the same command goes on\n")
+        leave(2, f"{parser.prog}: {error}; what was saved is kept, and the same command goes on\n")
     except FloatingPointError as error:
-        parser.exit(3, f"{parser.prog}: {error}\n")
+        leave(3, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: stopped; the same command goes on from where it last saved\n")
+        leave(130, f"\n{parser.prog}: stopped; the same command goes on from where it last saved\n")
 
 
 def progress(items, label, **options):
     """A tqdm bar over `items`, gone when done; a plain line now and then where nobody looks at a terminal."""
-    return tqdm(items, desc=label, leave=False, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
+    options |= {"desc": label, "leave": False, "mininterval": 0.2 if sys.stderr.isatty() else 30}
+    return tqdm(items, **options, disable=world()[0] > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks: `torchrun --nproc_per_node=N meanflow_td.py ...` starts N processes, each with a GPU of its own, that share the
+# rows of every batch. Gradients are summed here and not by torch's DDP, whose wrapper does not get on with forward-mode
+# derivatives: gradients of such a loss stay unsummed, without an error. Random numbers are drawn for the whole batch on
+# every rank, so that N changes results by rounding alone. Rank 0 alone writes, draws pictures and talks; all others
+# read what it wrote, so that several machines need one disk for the run folder.
+# ---------------------------------------------------------------------------------------------------------------------
+
+BUCKET = 25 * 2**20  # PRIOR: DDP's 25 MB. Bytes summed at once: a call for each tensor costs time, one for all memory
+TIMEOUT = timedelta(minutes=30)  # to wait for a rank that lives. OURS: rank 0 fetches or saves some 10 GB meanwhile
+LAST_WORDS = 5  # seconds
+
+
+def world():
+    """(rank, number of ranks) of this process: (0, 1) without torchrun."""
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+
+
+def own_share():
+    """A slice of anything that is divided among the ranks: every N-th of it is this rank's."""
+    return slice(world()[0], None, world()[1])
+
+
+@contextmanager
+def ranks(device):
+    """Inside, the processes that torchrun started are ranks of one run; without torchrun nothing happens.
+
+    device: of the tensors that are summed. None: BadInput if there are several, which would all do the same work."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if device is None:
+        raise BadInput("this work is not divided among processes: start it without torchrun")
+    cuda = torch.device(device).type == "cuda"
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if world()[0] else sys.stdout):
+        yield
+    dist.destroy_process_group()  # not after an error, when others may be waiting: its exit ends them
+
+
+def check_device(parser, device):
+    """Exit with 2 and a sentence if torch can't use this device. "cuda" is from here on the GPU of this rank."""
+    try:
+        if "LOCAL_RANK" in os.environ and torch.device(device).type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {device} can't be used here ({str(error).splitlines()[0]}): try --device cpu")
+
+
+@contextmanager
+def _together():
+    """Around a call that waits for all ranks. ConnectionError if one of them is gone."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no other type
+        raise ConnectionError(f"another process of this run is gone ({in_short(error)})") from error
+
+
+def add_up(tensors):
+    """Replace tensors of one device by their sums over all ranks: the same bits on each of them.
+
+    Raises ConnectionError if a rank is gone."""
+    if world()[1] == 1:
+        return
+    bucket, size = [], 0
+    for i, x in enumerate(tensors, 1):
+        bucket.append(x)
+        size += x.nbytes
+        if size < BUCKET and i < len(tensors):
+            continue
+        flat = torch.cat([x.flatten() for x in bucket])
+        with _together():
+            dist.all_reduce(flat)
+        for x, part in zip(bucket, flat.split([x.numel() for x in bucket])):
+            x.copy_(part.view_as(x))
+        bucket, size = [], 0
+
+
+def gathered(value):
+    """[value of rank 0, of rank 1, ...], for anything that pickles. All ranks wait here for each other."""
+    values = [value] * world()[1]
+    if len(values) > 1:
+        with _together():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def agree(value):
+    """Raise BadInput if ranks differ in what they found in a folder, as if each had one of its own."""
+    if len(set(gathered(value))) > 1:
+        raise BadInput("ranks found different things in one folder: it has to be on a disk that all machines share")
+
+
+@contextmanager
+def in_turn():
+    """Inside is rank 0, and then all others: they find what it made, and what was damaged it has put aside."""
+    if world()[0]:
+        gathered(None)
+    yield
+    if not world()[0]:
+        gathered(None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,9 +622,9 @@ class ImageFolder:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes outside of Python's lock
             return np.stack(list(pool.map(read, [self.paths[i] for i in indices])))
 
-    def draw(self, batch, generator):
+    def draw(self, batch, generator, rows=slice(None)):
         """Images, each equally likely. -> x_0 (batch, C, H, W) float32 in [-1, 1], labels (batch,) int64."""
-        indices = _pick(batch, len(self), generator).cpu().numpy()
+        indices = _pick(batch, len(self), generator).cpu().numpy()[rows]
         labels = torch.from_numpy(self.labels[indices])
         return to_float(self.images(indices)).to(generator.device), labels.to(generator.device)
 
@@ -724,12 +842,12 @@ class Glyphs:
         """uint8 (len(indices), size, size, 1)."""
         return self.batch(indices)[0]
 
-    def draw(self, batch, generator):
+    def draw(self, batch, generator, rows=slice(None)):
         """A batch for training: x_0 (batch, 1, size, size) in [-1, 1], labels (batch,), on the generator's device."""
         # the images behind a random place: neighbours share a block of random numbers, and 2^40 blocks never run out
         block = torch.randint(2**40, (1,), generator=generator, device=generator.device).item()
         start = block * DRAWS_PER_BLOCK
-        images, labels = self.batch(range(start, start + batch))
+        images, labels = self.batch(range(start, start + batch)[rows])
         return to_float(images).to(generator.device), torch.from_numpy(labels).to(generator.device)
 
 
@@ -783,10 +901,9 @@ def decode_latents(vae, x, scale, batch=16):
     return torch.cat([vae.decode(part / scale) for part in x.split(batch)])
 
 
-def draw_latents(moments, scale, generator):
-    """Moments (B, 2, C, h, w) -> x_0 = scale * (mean + std * noise), (B, C, h, w) float32, where the generator is."""
-    mean, logvar = moments.to(generator.device, torch.float32).unbind(1)
-    noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+def draw_latents(moments, scale, noise):
+    """Moments (B, 2, C, h, w), noise (B, C, h, w) -> x_0 = scale * (mean + std * noise), where the noise is."""
+    mean, logvar = moments.to(noise).unbind(1)
     return scale * (mean + (logvar / 2).exp() * noise)
 
 
@@ -872,17 +989,18 @@ def encode_folder(folder, vae, cache, *, vae_sha256, scale, batch=32, shard_imag
         lost = np.isnan(open_shard(cache, made, k)[:, 0, 0, 0, 0, 0]).nonzero()[0] + k * shard_images
         return {"sha256": sha256_file(shard_path(cache, k)), "skipped": [[i, names[i]] for i in lost.tolist()]}
 
-    count, missing = math.ceil(len(folder) / shard_images), []
-    for k in progress(range(count), "checking"):
-        try:
-            found = inspect(k)
-        except BadInput:  # not there, or cut off
-            found = None
-        if found and records.setdefault(shard_path(cache, k).name, found) == found:
-            continue
-        missing.append(k)
-    left = sum(min(shard_images, len(folder) - k * shard_images) for k in missing)
-    image_bytes = 2 * 2 * 2 * math.prod(latent)
+    def images_in(shards):
+        return sum(min(shard_images, len(folder) - k * shard_images) for k in shards)
+
+    count, found, missing = math.ceil(len(folder) / shard_images), {}, []
+    for k in progress(range(count)[own_share()], "checking"):
+        with suppress(BadInput):  # not there, or cut off
+            found[k] = inspect(k)
+    found = {k: record for part in gathered(found) for k, record in part.items()}
+    for k in range(count):
+        if k not in found or records.setdefault(shard_path(cache, k).name, found[k]) != found[k]:
+            missing.append(k)
+    left, image_bytes = images_in(missing), 2 * 2 * 2 * math.prod(latent)
     print(f"{len(folder):,} images of {len(folder.classes):,} classes: {len(folder) * image_bytes / 1e9:.3g} GB of "
           f"latents in {count:,} shards, {len(missing):,} of them to be written.")  # fmt: skip
     disk = next(place for place in [cache.resolve(), *cache.resolve().parents] if place.exists())
@@ -893,24 +1011,35 @@ def encode_folder(folder, vae, cache, *, vae_sha256, scale, batch=32, shard_imag
         raise BadInput(f"{cache} was begun without {skipped[0]}: repair it and remove {cache}, or leave out --strict.")
 
     def write_manifest():
-        manifest = {**made, "shards": records}
-        write_json(cache / "manifest.json", {**manifest, "sha256": sha256_json(manifest)})
+        manifest = {**made, "shards": dict(sorted(records.items()))}
+        if not world()[0]:
+            write_json(cache / "manifest.json", {**manifest, "sha256": sha256_json(manifest)})
 
+    own, written = missing[own_share()], {}
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with alone(cache), Patience(), progress(None, "encoding", total=left, unit=" images") as bar:
-            if finished_shards(cache, made) != begun:
+        with alone(cache), Patience(), progress(None, "encoding", total=images_in(own), unit=" images") as bar:
+            if not world()[0] and finished_shards(cache, made) != begun:
                 raise BadInput(f"another process has just worked in {cache}: run the same again.")
             write_manifest()
-            for k in missing:
+            gathered(None)  # rank 0 has removed what a kill left half-written
+            for k in own:
                 rows = range(len(folder))[k * shard_images : (k + 1) * shard_images]
                 moments = encode_shard(folder, vae, rows, batch, strict, bar)
                 write_whole(shard_path(cache, k), lambda file: np.save(file, moments))
-                records[shard_path(cache, k).name] = inspect(k)
+                written[shard_path(cache, k).name] = inspect(k)
+                records |= written
                 write_manifest()
-                Patience.look()
+                Patience.look(together=False)
+            for shards in gathered(written):
+                records |= shards
+            write_manifest()
+    except ConnectionError:  # of `gathered`
+        raise
     except OSError as error:
         raise BadInput(f"can't write {cache} ({error.strerror}): put that right, then run the same again.") from error
+    if world()[0]:
+        return
     whole = len(LatentCache(cache))
     print(f"{whole:,} images are in {cache}; skipped because they can't be read: {len(folder) - whole:,}.")
 
@@ -971,14 +1100,15 @@ class LatentCache:
         """What these latents depend on, for JSON: the manifest, which holds the sha256 of all shards."""
         return ["latents", sha256_file(self.path / "manifest.json")]
 
-    def draw(self, batch, generator):
+    def draw(self, batch, generator, rows=slice(None)):
         """Images and mirror images, all equally likely. -> x_0 (batch, C, h, w) float32, labels (batch,) int64.
 
         PRIOR: DiT too trains on mirror images for half of the time."""
-        indices = _pick(batch, len(self), generator).cpu().numpy()
-        flips = _pick(batch, 2, generator).tolist()
+        indices = _pick(batch, len(self), generator).cpu().numpy()[rows]
+        flips = _pick(batch, 2, generator).tolist()[rows]
+        noise = torch.randn(batch, *self.shape, generator=generator, device=generator.device)[rows]
         moments = [self._shards[i // self._each][i % self._each, flip] for i, flip in zip(self._rows[indices], flips)]
-        x_0 = draw_latents(torch.from_numpy(np.stack(moments)), self.scale, generator)
+        x_0 = draw_latents(torch.from_numpy(np.stack(moments)), self.scale, noise)
         return x_0, torch.from_numpy(self.labels[indices]).to(generator.device)
 
 
@@ -1000,12 +1130,13 @@ class EncodedFolder:
         """What these latents depend on, for JSON."""
         return [*self.folder.identity(), self.vae_sha256, self.scale]
 
-    def draw(self, batch, generator):
+    def draw(self, batch, generator, rows=slice(None)):
         """Images and mirror images, all equally likely. -> x_0 (batch, C, h, w) float32, labels (batch,) int64."""
-        x, y = self.folder.draw(batch, generator)
-        flips = _pick(batch, 2, generator).bool()
+        x, y = self.folder.draw(batch, generator, rows)
+        flips = _pick(batch, 2, generator).bool()[rows]
+        noise = torch.randn(batch, *self.shape, generator=generator, device=generator.device)[rows]
         x = torch.where(flips[:, None, None, None], x.flip(3), x)
-        return draw_latents(encode_moments(self.vae, x), self.scale, generator), y
+        return draw_latents(encode_moments(self.vae, x), self.scale, noise), y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1070,6 +1201,9 @@ def alone(path):
     """Inside, no other process works in this folder. A killed process leaves no lock behind.
 
     BadInput if one does, or if the folder can't be written to."""
+    if world()[0]:  # rank 0 keeps others out
+        yield
+        return
     if not os.access(path, os.W_OK):
         raise BadInput(f"can't write to {path}: name another folder")
     if fcntl is None:
@@ -1113,12 +1247,13 @@ class Patience:
         if Patience.asked:
             raise KeyboardInterrupt
         Patience.asked = True
-        print("stopping as soon as this step is saved; Ctrl-C once more stops at once", file=sys.stderr)
+        if not world()[0]:
+            print("stopping as soon as this step is saved; Ctrl-C once more stops at once", file=sys.stderr)
 
     @classmethod
-    def look(cls):
-        """Raise KeyboardInterrupt if Ctrl-C was pressed."""
-        if cls.asked:
+    def look(cls, together=True):
+        """Raise KeyboardInterrupt if Ctrl-C was pressed; on all ranks if on one, where all look equally often."""
+        if any(gathered(cls.asked)) if together else cls.asked:
             raise KeyboardInterrupt
 
 
@@ -1184,6 +1319,8 @@ class RunFolder:
 
     def write(self, path, state):
         """Write a checkpoint that tells where it comes from."""
+        if world()[0]:
+            return
         made = {"format": CHECKPOINT_FORMAT, "code": code_version(), "config": self.config}
         write_checkpoint(path, {**state, "made": made})
 
@@ -1198,16 +1335,19 @@ class RunFolder:
         keep: a `Keep`, with which a long stage saves itself on the way. The dict holds tensors, numbers, strings and
         containers of them. A stage that diverges leaves a report, <name>.diverged.json.
         """
-        state, keep, report = self.finished(name), Keep(self, name), self.path / f"{name}.diverged.json"
+        with in_turn():
+            state, keep, report = self.finished(name), Keep(self, name), self.path / f"{name}.diverged.json"
+        agree(state is None)
         if state is None:
             with Patience():
                 try:
                     state = {**compute(keep), "finished": time.time()}
                 except Diverged as error:
-                    write_json(report, {"stage": name, "said": str(error), **error.report})
+                    if not world()[0]:
+                        write_json(report, {"stage": name, "said": str(error), **error.report})
                     raise Diverged(f"{error} {report} tells more; what was saved before is kept.") from error
                 self.write(self.path / f"{name}.pt", state)
-            Patience.look()
+            Patience.look()  # and so wait until it is there
             report.unlink(missing_ok=True)
         keep.discard()
         return state
@@ -1237,6 +1377,8 @@ class RunFolder:
 
     def write_metrics(self, rows):
         """Rows (dicts) to metrics.csv, in the place of those there of the same network and seed."""
+        if world()[0]:
+            return
         new = {(row["network"], str(row["seed"])) for row in rows}
         rows = [row for row in self.read_metrics() if (row["network"], row["seed"]) not in new] + rows
         text = io.StringIO()
@@ -1274,11 +1416,13 @@ class Keep:
 
     def restore(self, parts):
         """Bring the parts to where they were saved last. -> steps done, rows; (0, []) if nothing was."""
-        for path in (self.path, self.older):
-            state = self.run.read(path) if path.exists() else None
-            if state is not None:
-                break
-        else:
+        with in_turn():
+            for path in (self.path, self.older):
+                state = self.run.read(path) if path.exists() else None
+                if state is not None:
+                    break
+        agree(state and state["steps"])
+        if state is None:
             return 0, []
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -1287,8 +1431,15 @@ class Keep:
 
     def save(self, parts, steps, rows):
         """Save the parts after `steps` steps, if the last save was long ago, or Ctrl-C was pressed: then it stops."""
-        if not Patience.asked and time.monotonic() - self.saved < self.pause:
+        due = time.monotonic() - self.saved >= self.pause and not world()[0]
+        if not any(gathered(Patience.asked or due)):
             return
+        if not world()[0]:
+            self.save_now(parts, steps, rows)
+        Patience.look()
+
+    def save_now(self, parts, steps, rows):
+        """`save`, on rank 0."""
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"steps": steps, "rows": rows, "seconds": self.seconds()}
         begun = time.monotonic()
@@ -1299,7 +1450,6 @@ class Keep:
         self.saved = time.monotonic()
         # an XL/2's state is 11 GB: a save that takes longer than a twentieth of the pause makes the next pause longer
         self.pause = self.EVERY * max(1.0, 20 * (self.saved - begun) / 60)
-        Patience.look()
 
     def discard(self):
         """Remove what was saved: the stage is finished."""
@@ -1346,9 +1496,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     from models import SD_VAE_SCALE
 
-    with sentences(parser):
+    check_device(parser, args.device)
+    with sentences(parser, args.device):
         folder = ImageFolder(args.data_dir, size=args.size)
-        vae, vae_sha256 = load_vae(args.vae)
+        with in_turn():
+            vae, vae_sha256 = load_vae(args.vae)
         encode_folder(folder, vae.to(args.device), args.cache, vae_sha256=vae_sha256, scale=SD_VAE_SCALE,
                       batch=args.batch, shard_images=args.shard_images, strict=args.strict)  # fmt: skip
 

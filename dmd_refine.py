@@ -48,14 +48,14 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
-from data import (PUBLISHED, alone, positive_number, progress, rng, sentences, to_uint8, whole_number,
+from data import (PUBLISHED, alone, in_turn, positive_number, progress, rng, sentences, to_uint8, whole_number, world,
                   write_json, write_whole)  # fmt: skip
 from evaluate import NAMES, evaluate_run
 from meanflow_td import PLANS as STAGE_1
 from meanflow_td import (LOOK_EVERY, TEACHERS, WRAPPERS, ImageRun, add_run_arguments, add_training_arguments, autocast,
                          backward_in_parts, check_finite, check_section, check_training, count_clipped, draw_times,
-                         flow_matching_loss, generate, in_parts, labelled, learning_rate, meanflow_loss, missing_parts,
-                         new_network, open_run, pick, plan_name, sample, share_clipped, student_config,
+                         flow_matching_loss, generate, in_parts, is_whole, labelled, learning_rate, meanflow_loss,
+                         missing_parts, new_network, open_run, pick, plan_name, sample, share_clipped, student_config,
                          student_objective, teacher_kind, teacher_net, teacher_weights)
 from models import (DiT, DiTTeacher, add_noise, autocast_off, dit_by_name, expand_times, frozen_copy, normal_like,
                     update_ema, x0_from_velocity)  # fmt: skip
@@ -208,8 +208,9 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     def update(player, loss_of):
         """One step of one player by loss_of(rows) -> loss, terms; returns both, and the norm of its gradient."""
         optimizers[player].zero_grad()
-        loss, terms = backward_in_parts(batch, accumulate, loss_of, partial(autocast, device, amp))
-        gradient = nn.utils.clip_grad_norm_(players[player][0].parameters(), clip)
+        net, _ = players[player]
+        loss, terms = backward_in_parts(net, batch, accumulate, loss_of, partial(autocast, device, amp))
+        gradient = nn.utils.clip_grad_norm_(net.parameters(), clip)
         optimizers[player].step()
         return loss, terms, gradient
 
@@ -251,7 +252,7 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
                                          lambda_adv=lambda_adv, taps=taps)  # fmt: skip
             if lambda_td:
                 generator.set_state(drawn)  # the same random numbers for all parts
-                part = {} if accumulate == 1 else {"rows": rows}
+                part = {} if is_whole(rows) else {"rows": rows}
                 loss_td, td_terms = student_objective(student, x_data, y, eps, generator, teacher=teacher, **part)
                 loss, terms = loss + lambda_td * loss_td, terms | td_terms
             told = {"t": t[rows], "error": x_gen.detach().flatten(1).norm(dim=1)}  # r is 0: a sample is the whole way
@@ -329,11 +330,11 @@ def refine_images(run, name, seed):
             run.save_samples(f"{stage}-{step:06d}", sample(ema, run.grid_eps, run.grid_y))
             run.save_samples(f"{stage}-dmd-{step:06d}", dmd_panels(ema, teacher, fake, run.grid_eps, run.grid_y))
 
-        ema, rows = refine(student.requires_grad_(True), teacher, fake, run.source.draw, discriminator=discriminator,
+        ema, rows = refine(student.requires_grad_(True), teacher, fake, run.draw, discriminator=discriminator,
                            **plan, **run.how, seed=seed, stream="refine", name=stage, keep=keep,
-                           look=look)  # fmt: skip
+                           look=None if world()[0] else look)  # fmt: skip
         run.folder.write_metrics(rows)
-        if pooling == "attention":
+        if pooling == "attention" and not world()[0]:
             x_gen, weights = attention_weights(ema, teacher, discriminator, run.grid_eps, run.grid_y, taps=plan["taps"])
             plot_attention(run.folder.path / f"attention-{stage}.png", run.decode(x_gen), weights, taps=plan["taps"])
         return {"net": ema.state_dict(), "rows": rows}
@@ -694,14 +695,15 @@ def main(arguments=None):
     check_training(parser, args)
     if args.ablation and args.data == "imagenet":
         parser.error("--ablation judges with glyphs: of imagenet, train each variant with its own --name")
-    with sentences(parser) as held:
+    with sentences(parser, None if args.ablation or args.dry_run else args.device) as held:
         keys = ("pooling", "init", "lambda_adv", "lambda_td", "student_steps", "batch", "taps")
         given = {(args.name, key): getattr(args, key) for key in keys} | {(args.name, "steps"): args.refine_steps}
         plan = {args.name: PLANS[plan_name(args)]}
         if args.dry_run:
             sys.exit(dry_run(args, given))
         needs = ["teacher"] if args.data != "imagenet" else ["td"] * (args.init != "teacher")
-        run = open_run(args, given, plan, needs=needs)
+        with in_turn():
+            run = open_run(args, given, plan, needs=needs)
         if args.ablation:
             run = ImageRun(args, {}, ablation_plan(run.plan["hd"], run.plan["td"]))
             held.enter_context(alone(run.folder.path))

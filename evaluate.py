@@ -48,9 +48,9 @@ from tqdm import tqdm
 
 import data
 import models
-from data import BadInput, sentences, whole_number
-from meanflow_td import (ImageRun, add_run_arguments, autocast, check_device, check_finite, learning_rate, load_teacher,
-                         sample, sample_euler, sample_ode, saved_run)  # fmt: skip
+from data import BadInput, check_device, in_turn, own_share, sentences, whole_number, world
+from meanflow_td import (ImageRun, add_run_arguments, autocast, check_finite, learning_rate, load_teacher, sample,
+                         sample_euler, sample_ode, saved_run)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # InceptionV3 (Szegedy et al., arXiv 1512.00567), in the variant that TensorFlow published on 2015-12-05 and that all
@@ -839,8 +839,11 @@ class RunJudge:
 
     def sample(self, sampler, count, what):
         """sampler(eps, y) -> x_0 for the first `count` of the judge's noises, a batch at a time."""
-        batches = zip(self.eps[:count].split(SAMPLE_BATCH), self.y[:count].to(self.run.device).split(SAMPLE_BATCH))
-        x = torch.cat([sampler(*batch).cpu() for batch in data.progress(list(batches), what)])
+        x, y = torch.zeros(self.eps[:count].shape), self.y.to(self.run.device)
+        batches = [slice(k, min(k + SAMPLE_BATCH, count)) for k in range(0, count, SAMPLE_BATCH)]
+        for rows in data.progress(batches[own_share()], what):
+            x[rows] = sampler(self.eps[rows], y[rows])
+        data.add_up([x])  # each rank's zeros leave room for the others' images
         check_finite(f"{what}, seed {self.run.seed}", sample=x)
         return x, self.y[:count]
 
@@ -850,7 +853,7 @@ class RunJudge:
         def compute(keep):
             start = time.perf_counter()
             images, labels = draw()
-            ms = 1000 * (time.perf_counter() - start) / count
+            ms = 1000 * (time.perf_counter() - start) * world()[1] / count  # of one process
             row = {"what": what, "seed": seed, "nfe": nfe, "w": w, **self.judge(images, labels), "ms_per_image": ms,
                    "fingerprint": self.judge.fingerprint(labels)}  # fmt: skip
             return {"row": row, "spectrum": power_spectrum(data.to_float(data.to_uint8(images)))}
@@ -921,6 +924,8 @@ def evaluate_run(run, count):
                 judge.student(path.stem, NAMES.get(name, name), int(seed), steps)
             if seed == "0":
                 grid[f"{NAMES.get(name, name)}, 1 call"] = run_sampler(run, path.stem)
+    if world()[0]:  # the rest is rank 0's
+        return judge.rows
     data.write_json(run.folder.path / "results.json", judge.rows)
     print_rows(judge.rows)
     plot_spectrum(run.folder.path / "spectrum.png", {"data": judge.judge.spectrum, **judge.spectra})
@@ -1091,13 +1096,15 @@ def begin_samples(out, count, told):
         raise BadInput(f"{folder} holds files and no {SIDECAR} is beside it: name another by --out")
     if (there := sum(path.suffix == ".png" for path in folder.iterdir())) > count:
         raise BadInput(f"{folder} holds {there} images, more than {count}: name another folder, or ask for more")
-    data.write_json(out / SIDECAR, told)
+    if not world()[0]:
+        data.write_json(out / SIDECAR, told)
     return folder
 
 
 def sample_images(args):
     """--sample: images 0 .. N - 1 to OUT/images, or those that are missing; grid.png; fingerprint.json."""
-    painter, steps = open_painter(args), args.steps or SAMPLER_STEPS[args.sampler]
+    with in_turn():
+        painter, steps = open_painter(args), args.steps or SAMPLER_STEPS[args.sampler]
     if args.sampler == "ddpm" and own_sampler(painter.teacher) != "ddpm":
         raise BadInput("--sampler ddpm is a DiT's own, with a learned variance: of other teachers take sde or heun")
     if steps < 2 and args.sampler in ("ddpm", "sde"):
@@ -1111,22 +1118,28 @@ def sample_images(args):
         "guidance": [painter.teacher.w, painter.teacher.cfg_channels] if guided else "baked in", "batch": args.batch,
     }  # fmt: skip
     out = Path(args.out)
-    folder = begin_samples(out, args.sample, told)
+    with in_turn():
+        folder = begin_samples(out, args.sample, told)
     paths = [folder / f"{i:06d}.png" for i in range(args.sample)]
     batches = [range(args.sample)[start : start + args.batch] for start in range(0, args.sample, args.batch)]
-    # whole batches, so that a row has the same neighbours and the same rounding, whenever it is made
-    batches = [batch for batch in batches if not all(paths[i].exists() for i in batch)]
+    # whole batches, so that a row has the same neighbours and the same rounding, whenever and wherever it is made
+    batches = [batch for batch in batches[own_share()] if not all(paths[i].exists() for i in batch)]
     times = []
     with data.alone(out), ThreadPoolExecutor(4) as pool, data.Patience():
+        data.gathered(None)  # rank 0 has removed what a kill left half-written
         for batch in data.progress(batches, "samples"):
             images, *seconds = paint(painter, args.sampler, steps, batch, args)
             times.append([1000 * part / len(batch) for part in seconds])
             list(pool.map(data.save_png, [paths[i] for i in batch], data.to_uint8(images)))
-            data.Patience.look()
+            data.Patience.look(together=False)
+    data.gathered(None)
+    if world()[0]:  # the rest is rank 0's
+        return
     if times:
         sampling, decoding = np.mean(times[len(times) > 1 :], axis=0)  # the first batch warms up
+        each = f", on each of {world()[1]} ranks" * (world()[1] > 1)
         print(f"{sampling + decoding:.2f} ms per image, {sampling:.2f} of them by {args.sampler} in {steps} steps, the "
-              f"rest to decode; batches of {args.batch}, {args.device}.")  # fmt: skip
+              f"rest to decode; batches of {args.batch}, {args.device}{each}.")  # fmt: skip
     else:
         print("All images were there already.")
     source = data.ImageFolder(folder)
@@ -1233,15 +1246,16 @@ def main(argv=None):
             parser.error("--sample needs --out, a folder for the images")
         if args.speed_up and args.sampler != "student":
             parser.error("--speed-up compares a student with its teacher: leave out --sampler")
-        with sentences(parser):
+        with sentences(parser, args.device):
             sample_images(args)
         return
     if args.data in ("folder", "imagenet"):
         parser.error(f"--data {args.data}: the table is made for glyphs. Write images by --sample, then score them by "
                      "--images and --reference")  # fmt: skip
     if args.data:
-        with sentences(parser) as held:
-            run = ImageRun(args, {}, needs=["teacher", "td"])
+        with sentences(parser, args.device) as held:
+            with in_turn():
+                run = ImageRun(args, {}, needs=["teacher", "td"])
             held.enter_context(data.alone(run.folder.path))
             evaluate_run(run, args.count or (500 if args.quick else 5000))
         return

@@ -26,6 +26,7 @@ dmd_refine.py, starts from there.
     python toy2d.py                            # points in the plane call the functions here
     python meanflow_td.py --data glyphs        # images: trains the teacher, then the TD student
     python meanflow_td.py --data imagenet --dry-run       # the main experiment: what it takes, and what is missing
+    torchrun --nproc_per_node=8 meanflow_td.py --data imagenet --device cuda ...          # 8 GPUs share each batch
 
 Departures from MeanFlow: which times are drawn (`draw_times`), and a teacher's velocity in the place of eps - x_0.
 """
@@ -40,9 +41,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import (PUBLISHED, BadInput, Diverged, EncodedFolder, Glyphs, ImageFolder, LatentCache, RunFolder, alone,
-                  decode_latents, fetch, in_short, load_vae, positive_number, progress, rng, save_grid, sentences,
-                  sha256_file, to_uint8, weights_path, whole_number)  # fmt: skip
+from data import (PUBLISHED, BadInput, Diverged, EncodedFolder, Glyphs, ImageFolder, LatentCache, RunFolder, add_up,
+                  alone, check_device, decode_latents, fetch, in_short, in_turn, load_vae, own_share, positive_number,
+                  progress, rng, save_grid, sentences, sha256_file, to_uint8, weights_path, whole_number,
+                  world)  # fmt: skip
 from models import (SD_VAE_SCALE, DiT, DiTTeacher, SiTTeacher, Teacher, add_noise, autocast_off, dit_by_name,
                     dit_from_weights, expand_times, frozen_copy, load_weights, read_weights, student_from_teacher,
                     update_ema)  # fmt: skip
@@ -253,12 +255,18 @@ def autocast(device, amp):
 
 
 def in_parts(batch, accumulate):
-    """`accumulate` slices that together are the rows of a batch, every one with its share of the first rows, which are
-    spans (see `draw_times`); and what share of the batch each is."""
-    if accumulate > batch:
-        raise BadInput(f"a batch of {batch} can't be taken in {accumulate} parts: lower --accumulate")
-    slices = [slice(k, None, accumulate) for k in range(accumulate)]
+    """`accumulate` slices for each rank that together are the rows of a batch, every one with its share of the first
+    rows, which are spans (see `draw_times`). -> those of this rank, and what share of the batch each is."""
+    count = accumulate * world()[1]
+    if count > batch:
+        raise BadInput(f"a batch of {batch} can't be taken in {count} parts: lower --accumulate")
+    slices = [slice(k, None, count) for k in range(count)[own_share()]]
     return [(rows, len(range(batch)[rows]) / batch) for rows in slices]
+
+
+def is_whole(rows):
+    """Whether a slice of `in_parts` is the whole batch: then nothing is in parts, and no rank has another."""
+    return rows.step == 1
 
 
 def pick(y, rows):
@@ -266,28 +274,34 @@ def pick(y, rows):
     return None if y is None else y[rows]
 
 
-def backward_in_parts(batch, accumulate, loss_of, context):
-    """Add the gradient of a batch's mean loss to the parameters, part by part: one part's activations at a time.
+def backward_in_parts(net, batch, accumulate, loss_of, context):
+    """Make the gradient of a batch's mean loss in net's parameters, part by part: one part's activations at a time.
 
     loss_of(rows) -> loss, terms for a slice of the batch's rows, called within context(). The gradient is that of the
     whole batch up to rounding, if each row has its own share of the loss. Returns loss and terms for the whole batch.
+    All three are the same on all ranks.
     """
-    loss, terms = 0.0, []
-    for rows, share in in_parts(batch, accumulate):
+    loss, terms, parts = 0.0, [], in_parts(batch, accumulate)
+    for rows, share in parts:
         with context():
             part, told = loss_of(rows)
         (part * share).backward()
         loss = loss + part.detach() * share
         terms.append(told)
-    if accumulate == 1:
+    if is_whole(rows):
         return loss, terms[0]
+    # each part's word in its own place, and zeros where other ranks have theirs: the sum has all
+    means = {name: loss.new_zeros(accumulate * world()[1]) for name in terms[0] if name != "rows"}
+    columns = {key: loss.new_zeros(batch) for key in terms[0].get("rows", ())}
+    for (rows, _), told in zip(parts, terms):
+        for name, values in means.items():
+            values[rows.start] = told[name].detach()
+        for key, values in columns.items():
+            values[rows] = told["rows"][key].detach()
+    add_up([*(p.grad for p in net.parameters() if p.grad is not None), loss, *means.values(), *columns.values()])
     # a part may have no row of the kind that a term is the mean of: then it is NaN there
-    names = [name for name in terms[0] if name != "rows"]
-    means = {name: torch.stack([told[name].detach() for told in terms]).nanmean() for name in names}
-    if "rows" in terms[0]:  # back in the batch's order
-        order = torch.cat([torch.arange(batch)[rows] for rows, _ in in_parts(batch, accumulate)]).argsort()
-        means["rows"] = {key: torch.cat([told["rows"][key].cpu() for told in terms])[order] for key in terms[0]["rows"]}
-    return loss, means
+    means = {name: values.nanmean() for name, values in means.items()}
+    return loss, means | ({"rows": columns} if columns else {})
 
 
 def teacher_objective(net, x_0, y, eps, generator, *, null_class=None, rows=slice(None)):
@@ -377,13 +391,13 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon
 
         def loss_of(rows):
             generator.set_state(drawn)  # the same random numbers for all parts
-            part = {} if accumulate == 1 else {"rows": rows}
+            part = {} if is_whole(rows) else {"rows": rows}
             return objective(net, x_0, y, eps, generator, **part)
 
         for optimizer, peak in optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
             optimizer.zero_grad()
-        loss, terms = backward_in_parts(batch, accumulate, loss_of, partial(autocast, device, amp))
+        loss, terms = backward_in_parts(net, batch, accumulate, loss_of, partial(autocast, device, amp))
         gradient = nn.utils.clip_grad_norm_(net.parameters(), clip)  # the norm that it had
         for optimizer, _ in optimizers:
             optimizer.step()
@@ -542,6 +556,16 @@ class ImageRun:
         """Noise (count, C, H, W) that depends on the stream alone: drawn on the CPU, so it is so on any device."""
         return torch.randn(count, *self.shape, generator=rng(0, stream)).to(self.device)
 
+    def draw(self, batch, generator):
+        """A batch for training: x_0 (batch, C, H, W), y (batch,). Of several ranks, each makes the rows that it trains
+        on, and the others are NaN, of label -1: nobody may need them."""
+        x, labels = self.source.draw(batch, generator, own_share())
+        if len(x) == batch:
+            return x, labels
+        x_0, y = x.new_full((batch, *x.shape[1:]), math.nan), labels.new_full((batch,), -1)
+        x_0[own_share()], y[own_share()] = x, labels
+        return x_0, y
+
     def decode(self, x):
         """Images (B, C, H, W) in about [-1, 1] of what is diffused, which here are images already."""
         return x
@@ -588,8 +612,9 @@ class ImageRun:
             keys = ("steps", "batch", "lr", "lr_muon", "clip", "ema_decay")
             plan = {key: self.plan[section][key] for key in keys if key in self.plan[section]}
             net.net.checkpointing = self.checkpointing
-            ema, rows = train(net, self.source.draw, objective, **plan, **self.how, stream=section, name=name,
-                              seed=self.seed if seed is None else seed, keep=keep, look=look)  # fmt: skip
+            ema, rows = train(net, self.draw, objective, **plan, **self.how, stream=section, name=name,
+                              seed=self.seed if seed is None else seed, keep=keep,
+                              look=None if world()[0] else look)  # fmt: skip
             self.folder.write_metrics(rows)
             return {"net": ema.state_dict(), "rows": rows}
 
@@ -666,7 +691,7 @@ def teacher_weights(path):
 
 
 def teacher_net(path, weights):
-    """The DiT of the sizes that a teacher's weights have, random still. BadInput, with their file's name, if of none."""
+    """The DiT of the sizes that a teacher's weights have, random still. BadInput, with the file's name, if of none."""
     try:
         return dit_from_weights(weights)
     except Exception as error:  # missing names and strange shapes can break any line there
@@ -827,14 +852,6 @@ def check_training(parser, args):
         parser.error("--dry-run is for --data imagenet: the others fit on any machine")
 
 
-def check_device(parser, device):
-    """Exit with 2 and a sentence if torch can't use this device."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {device} can't be used here ({str(error).splitlines()[0]}): try --device cpu")
-
-
 def teacher_sample(net, eps, y, steps=25):
     """The teacher's samples for the grids: Heun with `steps` steps, twice as many calls."""
     return sample_ode(net, eps, y, steps=steps)
@@ -857,12 +874,13 @@ def main(arguments=None):
              ("td", "batch"): args.batch, ("td", "cfg_channels"): args.cfg_channels}  # fmt: skip
     if args.data != "imagenet":
         given |= {("teacher", "steps"): args.teacher_steps, ("teacher", "batch"): args.batch}
-    with sentences(parser) as held:
+    with sentences(parser, None if args.dry_run else args.device) as held:
         if args.dry_run:
             from dmd_refine import dry_run  # stage 2 knows both stages
 
             sys.exit(dry_run(args, given))
-        run = open_run(args, given)
+        with in_turn():
+            run = open_run(args, given)
         held.enter_context(alone(run.folder.path))
         if args.data != "imagenet":
             run.train("teacher", run.network("teacher"), partial(teacher_objective, null_class=run.classes),

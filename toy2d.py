@@ -37,10 +37,11 @@ import torch
 from PIL import Image
 
 from awd import AdaptiveWeightedDiscriminator
-from data import DENSITIES, RunFolder, alone, progress, rng, sentences, whole_number, write_json, write_whole
+from data import (DENSITIES, RunFolder, alone, check_device, progress, rng, sentences, whole_number, write_json,
+                  write_whole)  # fmt: skip
 from dmd_refine import refine
-from meanflow_td import (check_device, check_finite, flow_matching_loss, meanflow_target, new_network, sample,
-                         sample_euler, sample_ode, student_objective, teacher_objective, train)
+from meanflow_td import (check_finite, flow_matching_loss, meanflow_target, new_network, sample, sample_euler,
+                         sample_ode, student_objective, teacher_objective, train)  # fmt: skip
 from models import VelocityMLP, add_noise, count_parameters, expand_times, frozen_copy
 
 DEPTH = 3  # hidden layers of every network here
