@@ -534,7 +534,7 @@ def test_draws_follow_the_moments(made):
     ("mean + (logvar / 2).exp() * noise", "mean + logvar.exp() * noise"),
     ("mean + (logvar / 2).exp() * noise", "mean"),
     ("scale * (mean + (logvar / 2).exp() * noise)", "scale * mean + (logvar / 2).exp() * noise"),
-    ("flips = _pick(batch, 2, generator).tolist()", "flips = [0] * batch"),
+    ("flips = _pick(batch, 2, generator).tolist()", "flips = ([0] * batch)"),
     ("torch.from_numpy(self.labels[indices])", "torch.from_numpy(self.labels[indices - 1])"),
     ("np.delete(np.arange(told[\"images\"]), skipped)", "np.arange(told[\"images\"])"),
     ("np.repeat(np.arange(len(counts)), counts)[self._rows]", "np.repeat(np.arange(len(counts)), counts)"),
