@@ -740,8 +740,9 @@ def bench_steps(size, batch, device, amp, passes):
         "  optimiser, EMA": (0, optimise),
         "  drawing data": (0, lambda: source.draw(batch, generator)),
         "refinement": (fake_updates * 4 + 6 + 3 * s, lambda: refine(
-            student, teacher, fake, source.draw, discriminator=discriminator, steps=1, batch=batch, seed=0, amp=amp,
-            stream="bench", name="bench", taps=taps, fake_updates=fake_updates, lr=0, lr_fake=0, lr_discriminator=0)),
+            student, teacher, fake, source.draw, discriminator=discriminator, steps=1, batch=batch, seed=0,
+            stream="bench", name="refinement", taps=taps, fake_updates=fake_updates, amp=amp, lr=0, lr_fake=0,
+            lr_discriminator=0)),
         "  fake branch": (4, fake_branch),
         "  discriminator": (2 * s, lambda: learn(discriminator, lambda: discriminator_loss(
             discriminator, teacher, x_0, eps, y, noise, torch.cat([t, t]), taps=taps))),

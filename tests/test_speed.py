@@ -11,7 +11,7 @@ import torch
 from helpers import ROOT, broken, fill, tiny_teacher, without_times
 from torch import nn
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmd_refine
 import meanflow_td
@@ -169,12 +169,22 @@ def test_tangents_pass_through_the_rows_with_a_span_alone_and_without_a_graph():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Multiplications(TorchDispatchMode):
+    """Counts those of layers, that is of products of two matrices; attention's are products of batches of matrices."""
+
+    total = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            a, b = arguments[-2:]
+            self.total += a.shape[0] * a.shape[1] * b.shape[1]
+        return operation(*arguments, **(options or {}))
+
+
 def multiplications(call):
-    """Of the layers, that is of products of two matrices; those of attention, a batch of matrices, are left out."""
-    with FlopCounterMode(display=False) as counter:
+    with Multiplications() as counter:
         call()
-    counts = counter.get_flop_counts()["Global"]
-    return sum(count for operation, count in counts.items() if operation in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    return counter.total
 
 
 def check_counts(module, names=None):
@@ -200,6 +210,14 @@ def test_work_for_nothing_is_caught(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(models.Linear, "forward", nn.Linear.forward)
         caught("du/dt")
+
+
+def test_optimisers_are_fused(monkeypatch):
+    fused, adam = [], torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda *given, **options: fused.append(options.get("fused"))
+                        or adam(*given, **options))  # fmt: skip
+    td_and_refinement(False)
+    assert fused == [True] * 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,6 +287,7 @@ def td_and_refinement(compiling, checkpointing=False):
 def check_compiled(compiled, plain):
     rows, nets = compiled
     for ours, theirs in zip(rows, plain[0], strict=True):
+        assert ours.pop("network") == theirs.pop("network")
         assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-5, nan_ok=True)
     for ours, theirs in zip(nets, plain[1], strict=True):
         assert ours.state_dict().keys() == theirs.state_dict().keys()
