@@ -22,6 +22,7 @@ serves both terms, x0_real and the features.
 
     python dmd_refine.py --data glyphs                         # on images, from the TD student of meanflow_td.py
     python dmd_refine.py --data glyphs --ablation --seeds 3    # which part does what: all variants, one table
+    python dmd_refine.py --bench                               # what a step costs, in passes of the network
 
 What the paper does not tell: learning rates, update ratio, lambda_adv, times of the adversarial term. OURS: the
 defaults of `refine`, found on seed 0 of the 2D toy, and PLANS, found on glyphs.
@@ -34,10 +35,12 @@ import re
 import sys
 import threading
 import time
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import scipy.stats
@@ -48,17 +51,23 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
-from data import (PUBLISHED, alone, in_turn, positive_number, progress, rng, sentences, to_uint8, whole_number, world,
-                  write_json, write_whole)  # fmt: skip
+from data import (PUBLISHED, Glyphs, alone, in_turn, positive_number, progress, rng, sentences, to_uint8, whole_number,
+                  world, write_json, write_whole)  # fmt: skip
 from evaluate import NAMES, evaluate_run
 from meanflow_td import PLANS as STAGE_1
 from meanflow_td import (LOOK_EVERY, TEACHERS, WRAPPERS, ImageRun, add_run_arguments, add_training_arguments, autocast,
                          backward_in_parts, check_finite, check_section, check_training, count_clipped, draw_times,
                          flow_matching_loss, generate, in_parts, is_whole, labelled, learning_rate, meanflow_loss,
-                         missing_parts, new_network, open_run, pick, plan_name, sample, share_clipped, student_config,
-                         student_objective, teacher_kind, teacher_net, teacher_weights)
-from models import (DiT, DiTTeacher, add_noise, autocast_off, dit_by_name, expand_times, frozen_copy, normal_like,
-                    update_ema, x0_from_velocity)  # fmt: skip
+                         meanflow_target, missing_parts, new_network, open_run, pick, plan_name, sample, share_clipped,
+                         student_config, student_objective, teacher_kind, teacher_net, teacher_objective,
+                         teacher_weights)
+from models import (DiT, DiTTeacher, Teacher, add_noise, autocast_off, dit_by_name, expand_times, frozen_copy,
+                    normal_like, update_ema, x0_from_velocity)  # fmt: skip
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses
@@ -145,7 +154,7 @@ def discriminator_loss(discriminator, teacher, x_data, x_gen, y, noise, t, *, ta
     """
     x_t = add_noise(torch.cat([x_data, x_gen.detach()]), noise, t)
     with torch.no_grad():
-        _, features = teacher(x_t, t=t, taps=taps, **labelled(None if y is None else torch.cat([y, y])))
+        features = teacher.features(x_t, t=t, taps=taps, **labelled(None if y is None else torch.cat([y, y])))
     with autocast_off(x_t):
         logit_data, logit_gen = discriminator(features).chunk(2)
         loss = discriminator_hinge(logit_data, logit_gen)
@@ -323,8 +332,7 @@ def refine_images(run, name, seed):
             build = partial(AdaptiveWeightedDiscriminator, dims, pooling)
             discriminator = new_network(seed, "discriminator", build).to(run.device)
 
-        for part in (student, teacher, fake):
-            part.net.checkpointing = run.checkpointing
+        run.set_passes(student, teacher, fake)
 
         def look(step, ema, fake):
             run.save_samples(f"{stage}-{step:06d}", sample(ema, run.grid_eps, run.grid_y))
@@ -400,7 +408,7 @@ def ablation_plan(plan, td):
     both = plan["steps"] + td["steps"]
     sections = {name: {**plan, **change, "steps": both if change.get("init") == "teacher" else plan["steps"]}
                 for name, change in VARIANTS.items()}  # fmt: skip
-    return sections | {"scratch": {key: td[key] for key in ("batch", "lr", "clip")} | {"steps": both}}
+    return sections | {"scratch": {key: td[key] for key in ("batch", "lr", "lr_muon", "clip")} | {"steps": both}}
 
 
 def ablation_job(args, name, seed):
@@ -579,9 +587,9 @@ def memory(stage_1, stage_2, teacher, student, *, batch, amp, checkpointing):
     for wrapper in nets[:3]:
         wrapper.net.checkpointing = checkpointing
 
-    def kept(rows, call, wrapper, block_rows):
-        """Saved bytes of call(x, t, y); where blocks make theirs again in the backward pass, with those of one block of
-        the wrapped net, on block_rows rows."""
+    def kept(rows, call, wrapper):
+        """Saved bytes of call(x, t, y) on so many rows; where blocks make theirs again in the backward pass, with those
+        of one block of the wrapped net."""
         x = torch.randn(rows, known["in_channels"], known["input_size"], known["input_size"])
         t, y = torch.rand(rows), torch.zeros(rows, dtype=torch.int64)
         with autocast(torch.device("cpu"), amp):
@@ -590,7 +598,7 @@ def memory(stage_1, stage_2, teacher, student, *, batch, amp, checkpointing):
             if checkpointing:
                 net = wrapper.net
                 tokens, width = (known["input_size"] // net.patch_size) ** 2, net.config["hidden_size"]
-                x, c = torch.randn(block_rows, tokens, width, requires_grad=True), torch.randn(block_rows, width)
+                x, c = torch.randn(rows, tokens, width, requires_grad=True), torch.randn(rows, width)
                 size += saved_bytes(lambda: net.blocks[0](x, c), *nets)
         return size
 
@@ -601,9 +609,9 @@ def memory(stage_1, stage_2, teacher, student, *, batch, amp, checkpointing):
     rows_1, rows_2 = batch
     trained = {"TD": [student], "refinement": [student, fake, discriminator]}
     activations = {
-        "TD": kept(rows_1, lambda x, t, y: student(x, t=t, r=t, y=y).square().sum(), student, rows_1),
-        "refinement": max(kept(rows_2, generator_pass, teacher, rows_2 if teacher.w == 1 else 2 * rows_2),
-                          kept(rows_2, lambda x, t, y: fake(x, t=t, y=y).square().sum(), fake, rows_2)),
+        "TD": kept(rows_1, lambda x, t, y: student(x, t=t, r=t, y=y).square().sum(), student),
+        "refinement": max(kept(rows_2, generator_pass, teacher),
+                          kept(rows_2, lambda x, t, y: fake(x, t=t, y=y).square().sum(), fake)),
     }  # fmt: skip
     stages = {}
     for stage, players in trained.items():
@@ -660,8 +668,140 @@ def dry_run(args, given):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# How fast. One forward pass of the network is F a row, a backward pass 2F, so flow matching costs 3F. All else is made
+# of such passes, and is measured in F, a third of flow matching's time in the same process: then a table says on any
+# machine how much of the time is arithmetic that has to be, and how much is not.
+#
+#   TD            3F, 2F of the guided teacher, and 2F where r < t: the student and its tangent
+#   fake branch   4F, the student's sample and flow matching on it
+#   discriminator 2 s F, features of data and samples; s: the last tap's place in the depth of the teacher
+#   generator     (6 + s) F: the student's sample, 2F of the guided teacher, the fake branch; back through the teacher
+#                 to its input alone, which is half of a backward pass, and through the student
+# ---------------------------------------------------------------------------------------------------------------------
+
+BENCH = {
+    "default": dict(input_size=32, patch_size=2, hidden_size=384, depth=12, num_heads=6),  # S/2: 33 M, 256 tokens
+    "quick": dict(input_size=16, patch_size=4, hidden_size=32, depth=4, num_heads=2),
+}
+BENCH_SPANS, BENCH_CALLS = 0.25, 250  # MeanFlow's share of rows with r < t on ImageNet; the published teachers' calls
+
+
+def bench_steps(size, batch, device, amp, passes):
+    """What is timed: {name: (count of passes, what to call)}.
+
+    size: of the DiTs, all alike, with random weights that stay; the teacher is guided. The data are glyphs. passes:
+    attributes of the DiTs.
+    """
+    build = partial(DiT, in_channels=1, num_classes=10, **size)
+    teacher, student, fake = (Teacher(new_network(0, name, partial(build, two_times=name == "student"))).to(device)
+                              for name in ("teacher", "student", "fake"))  # fmt: skip
+    for wrapper in (teacher, student, fake):
+        wrapper.net.checkpointing, wrapper.net.compiling = passes["checkpointing"], passes["compiling"]
+    teacher.requires_grad_(False).w = 1.5
+    depth, fake_updates = size["depth"], 2
+    taps = tuple(depth * k // 4 - 1 for k in (1, 2, 3, 4))
+    heads = partial(AdaptiveWeightedDiscriminator, [size["hidden_size"]] * len(taps))
+    discriminator = new_network(0, "discriminator", heads).to(device)
+    source, generator = Glyphs(size["input_size"]), rng(0, "bench", 0, device)
+    x_0, y = source.draw(batch, generator)
+    eps, noise = normal_like(x_0, generator), normal_like(torch.cat([x_0, x_0]), generator)
+    r, t = draw_times(batch, generator, share_spans=BENCH_SPANS)
+    idle = frozen_copy(fake).requires_grad_(True)
+    optimizer, ema = torch.optim.Adam(idle.parameters(), fused=True), frozen_copy(idle)
+    for p in idle.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def learn(player, loss_of):
+        with autocast(device, amp):
+            loss = loss_of()
+        (loss[0] if isinstance(loss, tuple) else loss).backward()
+        player.zero_grad()
+
+    @torch.no_grad()
+    def answer(call):
+        with autocast(device, amp):
+            return call()
+
+    def optimise():
+        nn.utils.clip_grad_norm_(idle.parameters(), 1.0)
+        optimizer.step()
+        update_ema(ema, idle, 0)
+
+    def fake_branch():
+        x_gen = answer(lambda: sample(student, eps, y))
+        learn(fake, lambda: fake_branch_loss(fake, x_gen, y, noise[:batch], t))
+
+    s, spans = (max(taps) + 1) / depth, int(batch * BENCH_SPANS) / batch
+    return {
+        "flow matching": (3, lambda: learn(fake, lambda: teacher_objective(
+            fake, x_0, y, eps, generator, null_class=10))),
+        "TD": (5 + 2 * spans, lambda: learn(student, lambda: student_objective(
+            student, x_0, y, eps, generator, teacher=teacher, share_spans=BENCH_SPANS))),
+        "  guided teacher": (2, lambda: answer(lambda: teacher(eps, t=t, y=y))),
+        "  du/dt": (2 * spans, lambda: meanflow_target(student, x_0, eps, r=r, t=t, y=y)),
+        "  optimiser, EMA": (0, optimise),
+        "  drawing data": (0, lambda: source.draw(batch, generator)),
+        "refinement": (fake_updates * 4 + 6 + 3 * s, lambda: refine(
+            student, teacher, fake, source.draw, discriminator=discriminator, steps=1, batch=batch, seed=0,
+            stream="bench", name="refinement", taps=taps, fake_updates=fake_updates, amp=amp, lr=0, lr_fake=0,
+            lr_discriminator=0)),
+        "  fake branch": (4, fake_branch),
+        "  discriminator": (2 * s, lambda: learn(discriminator, lambda: discriminator_loss(
+            discriminator, teacher, x_0, eps, y, noise, torch.cat([t, t]), taps=taps))),
+        "  generator": (6 + s, lambda: learn(student, lambda: generator_loss(
+            teacher, fake, discriminator, generate(student, eps, y), y, noise[:batch], t, lambda_adv=0.1, taps=taps))),
+        "student, 1 call": (1, lambda: answer(lambda: sample(student, eps, y))),
+        "student, 2 calls": (2, lambda: answer(lambda: sample(student, eps, y, steps=2))),
+    }  # fmt: skip
+
+
+def bench(args, rounds=3):
+    """--bench: every step and its parts, in turns, `rounds` times: a table of medians, which bench.json keeps."""
+    device, batch = torch.device(args.device), args.batch or 8
+    size = BENCH["quick" if args.quick else "default"]
+    passes = {"checkpointing": args.checkpointing, "compiling": args.compile}
+    steps, seconds = bench_steps(size, batch, device, args.amp, passes), defaultdict(list)
+    cuda, threads = device.type == "cuda", torch.get_num_threads()
+    # where one thread computes, its own time counts: others on the machine disturb it less
+    clock = time.process_time if threads == 1 and not cuda else time.perf_counter
+    for i in progress(range(rounds + args.compile), "bench"):
+        for name, (_, call) in steps.items():
+            start = clock()
+            call()
+            if cuda:
+                torch.cuda.synchronize(device)
+            if i >= args.compile:  # the first round compiles
+                seconds[name].append(clock() - start)
+    costs = {name: (count, float(np.median(seconds[name]))) for name, (count, _) in steps.items()}
+    count, once = costs["  guided teacher"]
+    costs[f"teacher, {BENCH_CALLS} calls"] = count * BENCH_CALLS, once * BENCH_CALLS
+    one = costs["flow matching"][1] / 3  # F of the batch
+    rows = [{"what": name.strip(), "seconds": time_, "time/F": time_ / one, "count": count,
+             "time/count": time_ / one / count if count else None, "time/3F": time_ / one / 3,
+             "samples/s": batch / time_} for name, (count, time_) in costs.items()]  # fmt: skip
+    print(f"{'':20}{'time/F':>9}{'count':>9}{'time/count':>12}{'time/3F':>9}{'samples/s':>11}")
+    for name, row in zip(costs, rows):
+        counted = f"{row['count']:9.2f}{row['time/count']:12.3f}" if row["count"] else 21 * " "
+        print(f"{name:20}{row['time/F']:9.3f}{counted}{row['time/3F']:9.3f}{row['samples/s']:11.3g}")
+    if cuda:
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        memory = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process, on Linux
+    machine = {"torch": torch.__version__, "device": str(device), "threads": threads, "amp": args.amp, "batch": batch,
+               "rounds": rounds, "seconds/F": one / batch, "peak memory": memory, **passes, **size}  # fmt: skip
+    print(", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                    for key, value in machine.items()))  # fmt: skip
+    path = Path(args.out or "runs/bench", "bench.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"machine": machine, "rows": rows})
+    print(f"In {path.parent}: {path.name}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
+
+
 def variant_name(text):
     """A type for argparse: names of files and of sections of a run's settings that stage 1 does not have."""
     taken = ("data", *STAGE_1["default"])
@@ -691,8 +831,14 @@ def main(arguments=None):
                         help="of --ablation: jobs side by side (default: %(default)s, one for each core)")  # fmt: skip
     parser.add_argument("--count", type=whole_number(100, 10**6), default=5000,
                         help="of --ablation: images in each row of the table (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--bench", action="store_true",
+                        help="time every step and its parts on this machine, against the count of network passes")
     args = parser.parse_args(arguments)
     check_training(parser, args)
+    if args.bench:
+        with sentences(parser):
+            bench(args)
+        return
     if args.ablation and args.data == "imagenet":
         parser.error("--ablation judges with glyphs: of imagenet, train each variant with its own --name")
     with sentences(parser, None if args.ablation or args.dry_run else args.device) as held:

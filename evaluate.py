@@ -1227,7 +1227,7 @@ def main(argv=None):
     add("--flops", action="store_true", help="print what one ImageNet image costs teacher and student, in GMACs")
     add("--count", type=whole_number(100, 10**6), help="of --data: images in each row (5000; with --quick 500)")
     add_run_arguments(parser)
-    parser.set_defaults(data=None, data_dir=None, device=devices[0], accumulate=1, checkpointing=False)
+    parser.set_defaults(data=None, data_dir=None, device=devices[0], accumulate=1, checkpointing=False, compile=False)
     add = parser.add_argument_group("samples").add_argument
     add("--sample", type=whole_number(1, 10**7), metavar="N", help="write N images to OUT/images, as named below")
     add("--checkpoint", type=Path, metavar="FILE", help="the student: a finished stage RUN/td.pt, or the run")

@@ -40,6 +40,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from data import (PUBLISHED, BadInput, Diverged, EncodedFolder, Glyphs, ImageFolder, LatentCache, RunFolder, add_up,
                   alone, check_device, decode_latents, fetch, in_short, in_turn, load_vae, own_share, positive_number,
@@ -95,14 +96,13 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
         label = labelled(None if y is None else y[rows])
         x_rows, r_rows, t_rows = x_t[rows].detach(), r[rows], t[rows]
 
-        def u_along_path(x, time):
-            return u_theta(x, t=time, r=r_rows, **label)  # r is constant along the path: its tangent is 0
-
-        with torch.no_grad():  # the target carries no gradient, so forward mode needs no graph
-            # du/dt = v . grad_x u + d_t u : the tangents are (v, 1) for (x, t)
+        with torch.no_grad(), forward_ad.dual_level():  # the target carries no gradient: forward mode needs no graph
+            # du/dt = v . grad_x u + d_t u : the tangents are (v, 1) for (x, t); r is constant along the path
             tangents = (v[rows].detach(), torch.ones_like(t_rows))
+            x_dual, t_dual = map(forward_ad.make_dual, (x_rows, t_rows), tangents)
             with autocast_off(v):  # bf16 would make du/dt wrong by a percent
-                _, du_dt[rows] = torch.func.jvp(u_along_path, (x_rows, t_rows), tangents)
+                u = u_theta(x_dual, t=t_dual, r=r_rows, **label)
+            du_dt[rows] = forward_ad.unpack_dual(u).tangent
     # u_target = v - (t - r) du/dt
     return (v - expand_times(t - r, v) * du_dt).detach(), du_dt
 
@@ -511,7 +511,7 @@ class ImageRun:
                 raise BadInput(f"{path} holds no finished {stage}: run meanflow_td.py with the same --data first")
         self.device = torch.device(args.device)
         self.how = {"amp": args.amp, "accumulate": args.accumulate}
-        self.checkpointing = args.checkpointing
+        self.passes = {"checkpointing": args.checkpointing, "compiling": args.compile}
         plan = PLANS[plan_name(args)] | (more or {})
         opened = self.open(args, plan)
         plan |= {name: dict(section) for name, section in opened.items()}
@@ -600,6 +600,11 @@ class ImageRun:
         teacher.w = self.plan["td"]["w"]
         return teacher
 
+    def set_passes(self, *wrappers):
+        """Tell networks how their blocks are to be computed: see models.DiT."""
+        for wrapper in wrappers:
+            wrapper.net.checkpointing, wrapper.net.compiling = self.passes["checkpointing"], self.passes["compiling"]
+
     def train(self, name, net, objective, *, section, sampler, seed=None):
         """Train `net` as the plan's section says, or find it finished: stage `name` of the run.
 
@@ -611,7 +616,7 @@ class ImageRun:
         def compute(keep):
             keys = ("steps", "batch", "lr", "lr_muon", "clip", "ema_decay")
             plan = {key: self.plan[section][key] for key in keys if key in self.plan[section]}
-            net.net.checkpointing = self.checkpointing
+            self.set_passes(net)
             ema, rows = train(net, self.draw, objective, **plan, **self.how, stream=section, name=name,
                               seed=self.seed if seed is None else seed, keep=keep,
                               look=None if world()[0] else look)  # fmt: skip
@@ -836,6 +841,8 @@ def add_training_arguments(parser):
                         help="take a batch in N parts: less memory, the same gradient (default: %(default)s)")
     parser.add_argument("--checkpointing", action="store_true",
                         help="keep less of a pass and compute it again: less memory, a third more time")
+    parser.add_argument("--compile", action="store_true",
+                        help="networks' blocks through torch.compile, which takes a minute at first; du/dt is not")
     parser.add_argument("--cache", help="of imagenet: latents by `data.py --encode`; else images are encoded as drawn")
     parser.add_argument("--preset", choices=("imagenet256-xl2", "imagenet256-b4"), default="imagenet256-xl2",
                         help="of imagenet, xl2: a student like the teacher; b4: a small one (default: %(default)s)")
@@ -886,6 +893,7 @@ def main(arguments=None):
             run.train("teacher", run.network("teacher"), partial(teacher_objective, null_class=run.classes),
                       section="teacher", sampler=teacher_sample)  # fmt: skip
         teacher = run.load_teacher()
+        run.set_passes(teacher)
         objective = partial(student_objective, teacher=teacher)
         if "share_spans" in run.plan["td"]:
             objective = partial(objective, share_spans=run.plan["td"]["share_spans"])

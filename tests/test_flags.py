@@ -27,7 +27,8 @@ RUN = "--quick --teacher-steps 1 --td-steps 1"
 SCORE = "--allow-small --images IMAGES --reference glyphs"
 SAMPLE = "--checkpoint BEGUN --sample 2 --out A --sampler heun --steps 2"
 DRY = "NO_--quick --data imagenet --dry-run"
-COMPUTED = {"--batch": 7, "--amp": "bf16", "--accumulate": 2, "--checkpointing": "", "--dry-run": ""}
+COMPUTED = {"--batch": 7, "--amp": "bf16", "--accumulate": 2, "--checkpointing": "", "--compile": "",
+            "--dry-run": ""}  # fmt: skip
 # flags of real networks, which test_imagenet.py makes
 IMAGENET = {"meanflow_td": {"--cache", "--teacher", "--vae"}, "dmd_refine": {"--cache", "--teacher", "--vae"},
             "evaluate": {"--teacher", "--vae"}}  # fmt: skip
@@ -50,7 +51,7 @@ FLAGS = {
         "--preset": (DRY, f"{DRY} --preset imagenet256-b4"),
     } | {flag: ("--out BEGUN", f"--out BEGUN {flag} {value}") for flag, value in {
         "--name": "other", "--seed": 3, "--refine-steps": 2, "--pooling": "mean", "--init": "teacher",
-        "--lambda-adv": 0.2, "--lambda-td": 0.5, "--student-steps": 2, "--taps": 1, "--ablation": "",
+        "--lambda-adv": 0.2, "--lambda-td": 0.5, "--student-steps": 2, "--taps": 1, "--ablation": "", "--bench": "",
         **COMPUTED}.items()
     } | {flag: ("--out BEGUN --ablation", f"--out BEGUN --ablation {flag} {value}") for flag, value in {
         "--seeds": 2, "--workers": 3, "--count": 200}.items()
@@ -142,7 +143,8 @@ class Recorder:
         if isinstance(thing, torch.nn.Module):
             parts = [round(p.double().abs().sum().item(), 6) for p in thing.parameters()]
             inner = getattr(thing, "net", None)
-            return type(thing).__name__, parts, getattr(thing, "w", None), getattr(inner, "checkpointing", None)
+            passes = [getattr(inner, name, None) for name in ("checkpointing", "compiling")]
+            return type(thing).__name__, parts, getattr(thing, "w", None), passes
         if isinstance(thing, functools.partial):
             return Recorder.told(thing.keywords)
         if isinstance(thing, dict):
@@ -178,6 +180,7 @@ def recorded(monkeypatch, fake):  # noqa: F811
     monkeypatch.setattr(toy2d, "train", recorder.train)
     monkeypatch.setattr(toy2d, "refine", recorder.refine)
     monkeypatch.setattr(dmd_refine, "refine", recorder.refine)
+    monkeypatch.setattr(dmd_refine, "bench", lambda args: recorder.note("bench", args.batch))
     monkeypatch.setattr(dmd_refine, "plot_attention", lambda *_, **__: None)
     monkeypatch.setattr(dmd_refine, "ProcessPoolExecutor", recorder.pool)
     monkeypatch.setattr(dmd_refine, "evaluate_run", lambda run, count: recorder.note("evaluate_run", count) or [])

@@ -107,7 +107,7 @@ MUTATIONS = {
     "factor": [("(v - expand_times(t - r, v) * du_dt)", "(v - du_dt)")],
     "tangent of x": [("tangents = (v[rows].detach(), torch", "tangents = (torch.zeros_like(v[rows]), torch")],
     "tangent of t": [("torch.ones_like(t_rows))", "torch.zeros_like(t_rows))")],
-    "stop-gradient": [("with torch.no_grad():  # the target", "if True:  # the target"),
+    "stop-gradient": [("with torch.no_grad(), forward_ad.dual", "with forward_ad.dual"),
                       ("du_dt).detach(), du_dt", "du_dt), du_dt")],
     "weight's stop-gradient": [("(err.detach() + c)", "(err + c)")],
 }  # fmt: skip

@@ -434,7 +434,7 @@ def test_teacher_passes_the_taps_of_the_conditional_rows(kind):
     assert tokens.shape == tokens_w.shape == (2, 16, 48)
     assert torch.allclose(tokens, tokens_w, rtol=1e-4, atol=1e-4)
     assert torch.equal(v, teacher.velocity(x, t=t, y=y))
-    assert torch.equal(v_w, teacher.velocity(x, t=t, y=y, w=2.0))
+    assert torch.allclose(v_w, teacher.velocity(x, t=t, y=y, w=2.0), rtol=1e-4, atol=1e-3)  # in one batch
 
 
 # --- the autoencoder ---
