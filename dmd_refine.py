@@ -408,7 +408,8 @@ def ablation_plan(plan, td):
     both = plan["steps"] + td["steps"]
     sections = {name: {**plan, **change, "steps": both if change.get("init") == "teacher" else plan["steps"]}
                 for name, change in VARIANTS.items()}  # fmt: skip
-    return sections | {"scratch": {key: td[key] for key in ("batch", "lr", "lr_muon", "clip")} | {"steps": both}}
+    scratch = {key: td[key] for key in ("batch", "lr", "lr_muon", "clip") if key in td}
+    return sections | {"scratch": scratch | {"steps": both}}
 
 
 def ablation_job(args, name, seed):
