@@ -902,7 +902,7 @@ def decode_latents(vae, x, scale, batch=16):
 
 
 def draw_latents(moments, scale, noise):
-    """Moments (B, 2, C, h, w), noise (B, C, h, w) -> x_0 = scale * (mean + std * noise), where the noise is."""
+    """Moments (B, 2, C, h, w), noise (B, C, h, w) -> x_0 = scale * (mean + std * noise), float32, where noise is."""
     mean, logvar = moments.to(noise).unbind(1)
     return scale * (mean + (logvar / 2).exp() * noise)
 

@@ -20,6 +20,8 @@ import types
 
 import pytest
 import torch
+import torch._decomp.decompositions_for_jvp  # noqa: F401  what the first jvp imports: the server's processes have it
+import torch._dynamo  # noqa: F401
 
 import data
 import dmd_refine
@@ -169,7 +171,7 @@ def fit(steps, accumulate=1, pooling=("attention", None), mutation=None):
                 with torch.random.fork_rng():
                     torch.manual_seed(0)
                     discriminator = AdaptiveWeightedDiscriminator([16, 16], kind)
-            lr = 0.0 if steps == 1 else 1e-2  # Adam's first step is a matter of signs: rounding decides some
+            lr = 0.0 if steps == 1 else 1e-2  # Adam's first step is a matter of signs, and rounding decides some
             ema, rows = dmd_refine.refine(student, teacher, fake, own_draw, discriminator=discriminator, taps=(0, 1),
                                           lr=lr, lr_fake=lr, lr_discriminator=lr, lambda_td=0.5, student_steps=2,
                                           **how)  # fmt: skip
@@ -177,48 +179,52 @@ def fit(steps, accumulate=1, pooling=("attention", None), mutation=None):
     return found
 
 
-def check_sums(whole, told):
-    """Gradients and what is logged are those of one process; and both ranks end with the same bits."""
-    assert [code for code, *_ in told] == [0, 0], told
-    first, second = (found for _, found, _, _ in told)
+def check_sums(whole, told, logged=True):
+    """Gradients and what is logged are those of one process; and all ranks end with the same bits.
+
+    logged=False: for parts that are not of one size, whose means are logged as if they were."""
+    assert not any(code for code, *_ in told), told
+    first, *others = (found for _, found, _, _ in told)
     for name, (grads, _, rows) in whole.items():
-        assert max(g.abs().max() for g in grads) > 1e-3
+        size = max(g.abs().max().item() for g in grads)
+        assert size > 1e-3
         for a, b in zip(first[name][0], grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-        for a, b in zip(first[name][2], rows, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * max(1, size))
+        for a, b in zip(first[name][2], rows, strict=True) if logged else ():
             assert a.keys() == b.keys()
             for key in a.keys() - {"network", "gen_std"}:  # a rank knows the spread of its own samples alone
                 assert a[key] == pytest.approx(b[key], rel=1e-4), (name, key)
-    assert equal(first, second) and first.keys() == whole.keys()
+    assert first.keys() == whole.keys() and all(equal(first, other) for other in others)
 
 
-def test_two_ranks_have_the_gradients_of_one(ranks):
-    check_sums(ranks(fit, 1, count=1)[0][1], ranks(fit, 1))
+@pytest.fixture(scope="module")
+def fitted(ranks):
+    """`fit` by one process."""
+    return ranks(fit, 1, count=1)[0][1]
+
+
+def test_two_ranks_have_the_gradients_of_one(ranks, fitted):
+    check_sums(fitted, ranks(fit, 1))
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_wrong_sums_are_caught(ranks, mutation):
+def test_wrong_sums_are_caught(ranks, fitted, mutation):
     told = ranks(fit, 1, 1, (), mutation)
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        check_sums(ranks(fit, 1, 1, (), count=1)[0][1], told)
+        check_sums({name: fitted[name] for name in ("teacher", "student")}, told)
 
 
 def test_weights_stay_equal_on_all_ranks_to_the_bit(ranks):
     """And to those of one process that takes each batch in as many parts, if no spectral norm counts its passes."""
-    told, whole = ranks(fit, 4), ranks(fit, 4, 2, (None,), count=1)[0][1]
+    told, whole = ranks(fit, 3), ranks(fit, 3, 2, (None,), count=1)[0][1]
     assert [code for code, *_ in told] == [0, 0], told
     first, second = (found for _, found, _, _ in told)
     assert equal(first, second) and len(first) == 4
     assert equal({name: first[name] for name in whole}, whole)
 
 
-def test_ranks_accumulate_too(ranks):
-    told = ranks(fit, 2, 2, (None,))
-    assert [code for code, *_ in told] == [0, 0], told
-    assert equal(told[0][1], told[1][1])
-    for name, (grads, _, _) in ranks(fit, 2, 4, (None,), count=1)[0][1].items():
-        for a, b in zip(told[0][1][name][0], grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+def test_ranks_take_their_shares_in_parts_too(ranks, fitted):
+    check_sums({name: fitted[name] for name in ("teacher", "student")}, ranks(fit, 1, 2, (), count=3), logged=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,6 +303,7 @@ def test_samples_are_the_same_whoever_makes_them(ranks, tmp_path, whole):
     assert "of each" not in told[1][0][2] and "on each of 3 ranks." in told[3][0][2]
 
 
+@pytest.mark.slow
 def test_the_table_is_the_same_whoever_makes_it(ranks, tmp_path, whole):
     rows = []
     for count in (1, 2):
@@ -333,7 +340,7 @@ def test_latents_are_the_same_whoever_encodes_them(ranks, tmp_path, made):
 
 
 def at_step(act, when, rank):
-    """Patch a rank: each step is saved, and rank `when` does act(x_0) in its third step, on its batch."""
+    """Patch a rank: each step is saved, and rank `when` does act(x_0) in its third step, with what it has drawn."""
     data.Keep.EVERY, whole_draw, steps = 0, meanflow_td.ImageRun.draw, []
 
     def drawn(run, batch, generator):
@@ -359,7 +366,7 @@ def spoil(x_0):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_dies_ends_the_others(ranks, tmp_path, whole, victim):
+def test_a_rank_that_dies_ends_the_others(ranks, tmp_path, victim):
     out = tmp_path / "run"
     told = ranks(run, "meanflow_td", [*TRAIN, out], partial(at_step, die, victim))
     assert told[victim][0] == -signal.SIGKILL
@@ -367,14 +374,10 @@ def test_a_rank_that_dies_ends_the_others(ranks, tmp_path, whole, victim):
     assert code == 0 and result[0] == 2, err
     assert "another process of this run is gone" in err and "the same command goes on" in err and "Trace" not in err
     assert data.read_checkpoint(out / "teacher.unfinished")["steps"] == 2
-    for script, arguments in (("meanflow_td", TRAIN), ("dmd_refine", REFINE)):
-        assert results(ranks(run, script, [*arguments, out])) == [0, 0]
-    assert equal(contents(out), contents(whole))
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_ctrl_c_on_one_rank_stops_all_after_the_same_step(ranks, tmp_path, who):
-    told = ranks(run, "meanflow_td", [*TRAIN, tmp_path / "run"], partial(at_step, interrupt, who))
+def test_ctrl_c_on_one_rank_stops_all_after_the_same_step(ranks, tmp_path):
+    told = ranks(run, "meanflow_td", [*TRAIN, tmp_path / "run"], partial(at_step, interrupt, 1))
     assert [result[0] for _, result, _, _ in told] == [130, 130], told
     assert data.read_checkpoint(tmp_path / "run" / "teacher.unfinished")["steps"] == 3
     assert told[0][3].endswith("stopped; the same command goes on from where it last saved\n") and not told[1][3]
