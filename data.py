@@ -438,12 +438,21 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+def leads_back(folder):
+    """Whether a folder is a link to one that holds it: who follows two of these never comes to an end."""
+    return folder.is_symlink() and folder.resolve() in {parent.resolve() for parent in folder.absolute().parents}
+
+
 def list_images(root):
-    """All image files below a folder, sorted by path; a dot before a name hides it. BadInput if there is none."""
+    """All image files below a folder, sorted by path; a dot before a name hides it. Links to folders are followed, but
+    for those that lead back. BadInput if there is none."""
     root = Path(root)
     if not root.is_dir():
         raise BadInput(f"{root} is not a folder: give the path of one with images in it.")
-    paths = [Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names]
+    paths = []
+    for folder, below, names in os.walk(root, followlinks=True):
+        paths += [Path(folder, name) for name in names]
+        below[:] = [name for name in below if not leads_back(Path(folder, name))]
     paths = sorted(p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
     if not paths:
         raise BadInput(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): give the path of one that does.")
