@@ -49,7 +49,7 @@ except ImportError:  # Windows: nothing there keeps two processes from working i
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -530,12 +530,15 @@ def read_image(path, size=None, channels=3):
 
     Raises BadInput that names the file if it is truncated, no image, or not 8 bits deep."""
     try:
-        with Image.open(path) as file:
+        # from memory: a length in a damaged file may say 4 GB, and Pillow asks its file for as much
+        with Image.open(io.BytesIO(Path(path).read_bytes())) as file:
             if file.mode.startswith(("I", "F")):
                 raise BadInput(f"{path} holds {file.mode} pixels; only images of 8 bits per channel are read.")
             image = file.convert("RGB" if channels == 3 else "L")
     except BadInput:
         raise
+    except UnidentifiedImageError as error:
+        raise BadInput(f"{path} cannot be read as an image (it is of no kind that Pillow knows).") from error
     except Exception as error:  # Pillow has no one type for a damaged file
         raise BadInput(f"{path} cannot be read as an image ({in_short(error)}).") from error
     pixels = np.asarray(centre_crop(image, size) if size else image)
@@ -556,12 +559,21 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+def leads_back(folder):
+    """Whether a folder is a link to one that holds it: who follows two of these never comes to an end."""
+    return folder.is_symlink() and folder.resolve() in {parent.resolve() for parent in folder.absolute().parents}
+
+
 def list_images(root):
-    """All image files below a folder, sorted by path; a dot before a name hides it. BadInput if there is none."""
+    """All image files below a folder, sorted by path; a dot before a name hides it. Links to folders are followed, but
+    for those that lead back. BadInput if there is none."""
     root = Path(root)
     if not root.is_dir():
         raise BadInput(f"{root} is not a folder: give the path of one with images in it.")
-    paths = [Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names]
+    paths = []
+    for folder, below, names in os.walk(root, followlinks=True):
+        paths += [Path(folder, name) for name in names]
+        below[:] = [name for name in below if not leads_back(Path(folder, name))]
     paths = sorted(p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
     if not paths:
         raise BadInput(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): give the path of one that does.")
@@ -1175,6 +1187,9 @@ def read_checkpoint(path):
                 raise ValueError(f"the checksum of its part {part} is wrong")
         elif sha256_start(file, size - SHA256_DIGITS).encode() != tail:
             raise ValueError("it is not what its sha256 says")
+        file.seek(0)
+        if file.read(4) != b"PK\3\4":
+            raise ValueError("it is no zip file, as write_checkpoint writes them")
         file.seek(0)
         state = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):

@@ -274,7 +274,7 @@ def load_inception(path=None):
         raise BadInput(f"{path} is damaged or another file: its sha256 is {sha}, its name says {claimed[1]}...")
     net = InceptionV3()
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        net.load_state_dict(models.read_torch_file(path))
     except Exception as error:  # torch has no one type for "this file is something else"
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path} does not hold the weights of FID's InceptionV3 ({reason}).") from error

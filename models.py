@@ -19,6 +19,7 @@ Times are tensors (B,), keyword-only. This file imports no file of ours.
 
 import argparse
 import copy
+import io
 import json
 import math
 import mmap
@@ -928,6 +929,15 @@ WRAPPERS = "module", "_orig_mod"  # what DistributedDataParallel and torch.compi
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+class Bounded(io.BufferedReader):
+    """A file that is never asked for more bytes than it has left, since Python sets room aside for them first: a
+    damaged pickle of 1 kB may ask for 4 GB."""
+
+    def read(self, size=-1):
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def read_torch_file(path):
     """What torch.save wrote, memory-mapped where the file is of the new kind. Runs no code of the file.
 
@@ -943,7 +953,10 @@ def read_torch_file(path):
                 raise ValueError(f"the checksum of its part {damaged[:80]} is wrong")
     # The official DiT and SiT training scripts put their argparse.Namespace into each checkpoint; it is a plain record.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if zipped:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with Bounded(io.FileIO(path)) as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def unique_keys(pairs):

@@ -4,12 +4,17 @@ The numbers in the tests are what the official code answered (facebookresearch/D
 networks had been filled by this same rule.
 """
 
+import os
+import re
 import signal
 import subprocess
 import sys
+import time
 import types
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -60,6 +65,37 @@ def tiny_teacher(seed=0, two_times=False):
 def without_times(rows):
     """Rows of metrics without what no two runs share: how long a step took."""
     return [{key: value for key, value in row.items() if key != "seconds_per_step"} for row in rows]
+
+
+@contextmanager
+def within(seconds=5, megabytes=64):
+    """Inside, more address space than so much beyond the present one is refused, and more time raises an error.
+
+    A loader may take either for damage: at the end, time is looked at once more; of memory, see `short_of_memory`."""
+    resource, begun = pytest.importorskip("resource"), time.monotonic()
+
+    def late(number, frame=None):
+        raise TimeoutError(f"not done after {seconds} s")
+
+    limit, alarm = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, late)
+    if os.path.exists("/proc/self/statm"):
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (megabytes << 20), limit[1]))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm)
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+        if time.monotonic() - begun > seconds:
+            late(None)
+
+
+def short_of_memory(error):
+    """Whether a loader refused a file because `within` refused it memory."""
+    return re.search("MemoryError|allocate", str(error)) is not None
 
 
 SAVE_EACH_STEP = """

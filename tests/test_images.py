@@ -90,6 +90,18 @@ def test_folder_of_classes(tmp_path):
     assert data.ImageFolder(tmp_path, size=32).identity() != before
 
 
+def test_links_are_followed_but_never_in_circles(tmp_path):
+    """Without the check, two links that lead back make 2^40 paths."""
+    for name in ("root/a", "root/b", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / name / "x.png")
+    for link, to in (("a/up", "root"), ("a/over", "root/b"), ("b/over", "root/a"), ("c", "elsewhere"), ("d", "absent")):
+        (tmp_path / "root" / link).symlink_to(tmp_path / to)
+    begun = time.monotonic()
+    found = [str(path.relative_to(tmp_path / "root")) for path in data.list_images(tmp_path / "root")]
+    assert found == ["a/over/x.png", "a/x.png", "b/over/x.png", "b/x.png", "c/x.png"] and time.monotonic() - begun < 5
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1"])
 def test_image_modes_become_rgb_or_grey(tmp_path, mode):
     Image.fromarray(picture(16, 16)).convert(mode).save(tmp_path / "a.png")

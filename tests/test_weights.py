@@ -22,7 +22,7 @@ from torch import nn
 import torch.nn.functional as F
 
 import models
-from helpers import broken, fill, wave
+from helpers import broken, fill, short_of_memory, wave, within
 from models import AutoencoderKL, DiT, DiTTeacher, SiTTeacher, Teacher, load_weights, read_weights
 from test_networks import ALPHA_BAR, SIGMA_NET, T_FIRST, T_LAST, T_STEPS, assert_official
 
@@ -251,9 +251,11 @@ def test_a_mutated_file_loads_whole_or_gives_a_sentence(name, kind, times, tmp_p
             damaged = (with_mutated_pickle if kind == "pickle" else mutated)(content, rng)
         path = write(tmp_path / name, damaged)
         try:
-            weights = read_weights(path)
+            with within():
+                weights = read_weights(path)
         except ValueError as error:
             refused += 1
+            assert not short_of_memory(error)
             assert str(path) in str(error) and len(str(error)) < 500
             continue
         assert all(type(n) is str and type(w) is torch.Tensor for n, w in weights.items())
