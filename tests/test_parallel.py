@@ -452,8 +452,8 @@ def test_a_killed_rank_ends_torchrun_and_the_same_command_goes_on(tmp_path, made
 
     out, cache = tmp_path / "run", tmp_path / "cache"
     for script, arguments, kills in [
-        ("meanflow_td", [*TRAIN, out], [(0, 3), (1, 11), (0, 22)]), ("dmd_refine", [*REFINE, out], [(1, 10)]),
-        ("data", encoding(made, cache), [(1, 5)]),
+        ("meanflow_td", [*TRAIN, out], [(0, 3), (1, 11), (0, 12)]), ("dmd_refine", [*REFINE, out], [(1, 10)]),
+        ("data", encoding(made, cache), [(1, 4)]),
     ]:  # fmt: skip
         for victim, last in kills:
             code, seconds, err = torchrun(script, arguments, victim, last)
