@@ -350,8 +350,8 @@ class DiT(nn.Module):
     two_times: adds an embedder of the time span t - r, and r must then be given.
     checkpointing, an attribute: a pass with a graph keeps only what enters each block, and makes the rest again when it
         is needed; the same numbers for a third more time. A pass without a graph, as du/dt is, does not notice.
-    compiling, an attribute: the blocks go through torch.compile, except where a tangent passes, as in du/dt. The same
-        numbers up to rounding. The net itself is not wrapped, so that its state dict keeps its names.
+    compiling, an attribute: the blocks go through torch.compile, except where a tangent passes, as in du/dt, for it
+        loses tangents. The same numbers up to rounding. The net itself is not wrapped: its state dict keeps its names.
 
     `dit_by_name` builds the published sizes, `student_from_teacher` the student of a net with one time.
 
