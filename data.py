@@ -179,6 +179,11 @@ def sentences(parser, device=None):
         leave(2, f"{parser.prog}: {error}; what was saved is kept, and the same command goes on\n")
     except FloatingPointError as error:
         leave(3, f"{parser.prog}: {error}\n")
+    except (MemoryError, RuntimeError) as error:  # torch's CPU has no error of its own for it
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        leave(2, f"{parser.prog}: out of memory ({in_short(error)}). Fewer rows at once take less: a lower --batch or, "
+                 "where there is one, a higher --accumulate; what was saved is kept\n")  # fmt: skip
     except KeyboardInterrupt:
         leave(130, f"\n{parser.prog}: stopped; the same command goes on from where it last saved\n")
 

@@ -189,7 +189,7 @@ def student_samples(student, eps, y, steps):
 
 def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, seed, stream, name, taps=(),
            lambda_adv=0.1, lambda_td=0.0, student_steps=1, lr=3e-3, lr_fake=2e-3, lr_discriminator=1e-3,
-           fake_updates=2, clip=math.inf, ema_decay=0.999, amp="off", accumulate=1, keep=None, look=None,
+           fake_updates=2, clip=20.0, ema_decay=0.999, amp="off", accumulate=1, keep=None, look=None,
            log_every=100):  # fmt: skip
     """Train the student in place by L_G, with its helpers; return its average network (EMA) and rows for metrics.csv.
 
@@ -264,7 +264,8 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
                 part = {} if is_whole(rows) else {"rows": rows}
                 loss_td, td_terms = student_objective(student, x_data, y, eps, generator, teacher=teacher, **part)
                 loss, terms = loss + lambda_td * loss_td, terms | td_terms
-            told = {"t": t[rows], "error": x_gen.detach().flatten(1).norm(dim=1)}  # r is 0: a sample is the whole way
+            error = x_gen.detach().flatten(1).norm(dim=1)
+            told = {"t": t[rows], "error": error}  # the times of the noise; those of a sample are r = 0 and t = 1
             return loss, terms | {"gen_mean": x_gen.mean(), "gen_std": x_gen.std(), "rows": told}
 
         loss, generator_terms, gradient = update(0, loss_of)
@@ -278,7 +279,7 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
         last = step == steps - 1
         if step % log_every == 0 or last:
             terms = {**losses, **terms, **generator_terms, "gradient": gradient}
-            values = {k: v.item() for k, v in terms.items()} | share_clipped(optimizers[0], clip, step, rows)
+            values = {k: v.item() for k, v in terms.items()} | {"clipped": share_clipped(optimizers[0], step, rows)}
             seconds = round(time.perf_counter() - start, 4)
             rows.append({"network": name, "seed": seed, "step": step, **values, "seconds_per_step": seconds})
             bar.set_postfix(grad_dmd=f"{values['grad_dmd']:.3g}", refresh=False)

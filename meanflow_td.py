@@ -60,7 +60,11 @@ def labelled(y):
     return {} if y is None else {"y": y}
 
 
-def draw_times(batch, generator, *, share_spans=0.75, share_to_data=0.3):
+# DIFFERS: 75 % of the rows are spans, where MeanFlow has 25 % on ImageNet: the boundary r = t is soon learned here.
+SHARE_SPANS = 0.75
+
+
+def draw_times(batch, generator, *, share_spans=SHARE_SPANS, share_to_data=0.3):
     """Times r <= t, each (batch,): the first share_spans of the rows span r < t, the others have r = t.
 
     The spans alone need du/dt; the others tie u to the teacher's velocity, which the identity starts from. Of the
@@ -68,7 +72,6 @@ def draw_times(batch, generator, *, share_spans=0.75, share_to_data=0.3):
     """
     # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447), we draw uniformly, because a
     # one-step sample starts at t = 1 and ends at r = 0, which logit-normal times all but never reach.
-    # DIFFERS: 75 % of the rows are spans, where MeanFlow has 25 % on ImageNet: the boundary r = t is soon learned here.
     # OURS: share_to_data. Sliced W2 of a TD student (checkerboard, width 64, 3,000 steps, seed 0) was 0.05 with 0.3 of
     # the spans at r = 0, 0.09 with none of them and 0.19 with all, which is consistency distillation (tried by hand).
     # TRY: share_to_data=1.0, and look at the rows of "TD" in `python toy2d.py --out runs/consistency`
@@ -238,10 +241,9 @@ def count_clipped(optimizer, gradient, clip):
     group["clipped"] = group.get("clipped", 0) + bool(gradient > clip)
 
 
-def share_clipped(optimizer, clip, step, rows):
-    """{"clipped": share of the steps since the last of `rows` that `count_clipped` noted}; {} if nothing is clipped."""
-    count = optimizer.param_groups[0].pop("clipped")
-    return {} if clip == math.inf else {"clipped": count / (step - (rows[-1]["step"] if rows else -1))}
+def share_clipped(optimizer, step, rows):
+    """The share of the steps since the last of `rows` that `count_clipped` noted."""
+    return optimizer.param_groups[0].pop("clipped") / (step - (rows[-1]["step"] if rows else -1))
 
 
 def autocast(device, amp):
@@ -299,8 +301,9 @@ def backward_in_parts(net, batch, accumulate, loss_of, context):
         for key, values in columns.items():
             values[rows] = told["rows"][key].detach()
     add_up([*(p.grad for p in net.parameters() if p.grad is not None), loss, *means.values(), *columns.values()])
-    # a part may have no row of the kind that a term is the mean of: then it is NaN there
-    means = {name: values.nanmean() for name, values in means.items()}
+    # a part may have no row of the kind that a term is the mean of: then it is NaN there. If the loss is finite
+    mean = torch.nanmean if loss.isfinite() else torch.mean
+    means = {name: mean(values) for name, values in means.items()}
     return loss, means | ({"rows": columns} if columns else {})
 
 
@@ -320,10 +323,10 @@ def teacher_objective(net, x_0, y, eps, generator, *, null_class=None, rows=slic
     x_0, y, eps, t = x_0[rows], pick(y, rows), eps[rows], t[rows]
     v = eps - x_0  # noisy: its mean given x_t is the velocity field, and so p = 0
     loss, err = flow_matching_loss(net, add_noise(x_0, eps, t), v, t=t, y=y)
-    return loss, {"raw_error": err.mean(), "rows": {"t": t, "error": err}}
+    return loss, {"raw_error": err.mean(), "rows": {"r": t, "t": t, "error": err}}
 
 
-def student_objective(net, x_0, y, eps, generator, *, teacher=None, share_spans=0.75, rows=slice(None)):
+def student_objective(net, x_0, y, eps, generator, *, teacher=None, share_spans=SHARE_SPANS, rows=slice(None)):
     """Stage 1 for a batch of data and noise (B, ...), labels y (B,) or None: MeanFlow on the teacher's velocity.
 
     teacher(x_t, t=t) -> v (B, ...), frozen, called with y=y too if there are labels; guidance is its own affair. None:
@@ -361,7 +364,7 @@ def make_optimizers(net, lr, lr_muon=None):
     return optimizers
 
 
-def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon=None, clip=math.inf, ema_decay=0.999,
+def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon=None, clip=20.0, ema_decay=0.999,
           amp="off", accumulate=1, keep=None, look=None, log_every=100):  # fmt: skip
     """Train `net` in place and return its average network (EMA) and a list of rows for metrics.csv.
 
@@ -369,7 +372,7 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon
     loss, terms: one of those above. steps, batch: integers >= 1; lr, lr_muon: peaks of the learning rates, see
     `make_optimizers`. seed, stream: what the randomness of each step is made from; networks that are to be compared
     share them. name: what the bar and the rows call this network, with a row every `log_every` steps. clip: the
-    gradient's greatest norm. ema_decay: of `update_ema`. amp: of `autocast`. accumulate: parts in which a batch is
+    gradient's greatest norm; of the toy's, hardly one is as long as 20. ema_decay: of `update_ema`. amp: of `autocast`. accumulate: parts in which a batch is
     taken, one after the other, to save memory; objective is then called with rows= too. keep: a data.Keep, and a killed
     training goes on. look(step, ema): called now and then, to draw samples. Raises data.Diverged when the loss or its
     gradient is not finite.
@@ -410,7 +413,7 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon
         if step % log_every == 0 or last:
             terms = {"loss": loss, **terms, "gradient": gradient}
             values = {name: value.item() for name, value in terms.items()}
-            values |= share_clipped(optimizers[0][0], clip, step, rows)
+            values["clipped"] = share_clipped(optimizers[0][0], step, rows)
             seconds = round(time.perf_counter() - start, 4)
             rows.append({"network": name, "seed": seed, "step": step, **values, "seconds_per_step": seconds})
             bar.set_postfix(raw_error=f"{values['raw_error']:.3g}", refresh=False)
@@ -470,6 +473,10 @@ def check_section(section, blocks, accumulate):
     To be asked before a run folder takes the section: it would keep it, and refuse the mended one as another run's."""
     if "batch" in section:
         in_parts(section["batch"], accumulate)
+    stage_1 = "w" in section or section.get("lambda_td")
+    if stage_1 and section["batch"] * section.get("share_spans", SHARE_SPANS) < 1:
+        raise BadInput(f"a batch of {section['batch']} has no row with r < t, from which a student learns to jump: "
+                       "raise --batch")  # fmt: skip
     if max(section.get("taps", (0,))) >= blocks:
         raise BadInput(f"blocks {tuple(section['taps'])} are to be tapped, and the teacher has {blocks}, counted from "
                        "0: name others by --taps")  # fmt: skip

@@ -320,7 +320,8 @@ def test_settings_that_can_not_be_are_refused_before_the_folder_takes_them(tmp_p
     said = refuse(capsys, "dmd_refine.py", "--quick", "--out", run, "--batch", "4", "--accumulate", "5")
     assert "a batch of 4 can't be taken in 5 parts" in said and snapshot(run) == before
     refuse(capsys, "meanflow_td.py", "--quick", "--out", new, "--batch", "4", "--accumulate", "5")
-    assert not list(new.iterdir())
+    said = refuse(capsys, "meanflow_td.py", "--quick", "--out", new, "--batch", "1")
+    assert "a batch of 1 has no row with r < t" in said and not list(new.iterdir())
 
 
 def test_settings_that_are_not_given_are_those_of_the_run(begun):
