@@ -1,14 +1,15 @@
 """The discriminator of stage 2: adaptive weighted discrimination (AWD).
 
-Distribution matching follows the teacher, so it can be no sharper than its two score estimates. A discriminator that
-sees real data adds what they miss: it reads the frozen teacher's own features of a noised image (PRIOR: LADD, Sauer et
-al., arXiv 2403.12015) and tells data from samples. Once a student is well placed by stage 1, what is still wrong with
-it is local, a stroke too thin or an edge too soft, while most of the feature map is already right. A head that averages
-all tokens waters the few telling ones down. AWD (PAPER: Cheng et al., arXiv 2511.08930) learns where to look:
+Stage 2 draws the student's samples towards the teacher's distribution by two score estimates (dmd_refine.py), and can
+be no sharper than these. A discriminator that sees real data adds what they miss: it reads the frozen teacher's own
+features of a noised image (PRIOR: LADD, Sauer et al., arXiv 2403.12015) and tells data from samples. Once a student is
+well placed by stage 1, what is still wrong with it is local, a stroke too thin or an edge too soft, while most of the
+feature map is already right. A head that averages all tokens waters the few telling ones down. AWD (PAPER: Cheng et
+al., arXiv 2511.08930) learns where to look:
 
-    f (B, N, C) -> LayerNorm -> keys k_i, values w_i
+    f (B, N, C) -> LayerNorm -> keys k_i = K f_i, values z_i = SN linear(f_i)
     a      = softmax_i(q . k_i / sqrt(C))          ONE learned query q, so a (B, N) is a weight for each token
-    pooled = sum_i a_i w_i                         (B, C)
+    pooled = sum_i a_i z_i                         (B, C)
     logit  = SN linear( LeakyReLU( SN linear( LayerNorm(pooled) ) ) )
 
 "SN" is a spectral norm, which holds the gain of a linear layer at 1 (PRIOR: Miyato et al., arXiv 1802.05957). Keys and
@@ -53,7 +54,7 @@ class TokenHead(nn.Module):
     def forward(self, tokens):
         tokens = self.norm_tokens(tokens)  # (B, N, C)
         a = self.weights(tokens)  # (B, N)
-        # pooled = sum_i a_i w_i,  and  sum_i a_i (W f_i + b) = W (sum_i a_i f_i) + b  since the weights sum to one:
+        # pooled = sum_i a_i z_i,  and  sum_i a_i (W f_i + b) = W (sum_i a_i f_i) + b  since the weights sum to one:
         # the values of the pooled token are the pooled values of the tokens, at 1/N of the work.
         pooled = self.values((a[:, :, None] * tokens).sum(dim=1))  # (B, C)
         return self.logit(F.leaky_relu(self.hidden(self.norm_pooled(pooled)), 0.2)).squeeze(1)  # (B,)
@@ -81,7 +82,7 @@ class AdaptiveWeightedDiscriminator(nn.Module):
 def discriminator_hinge(logit_data, logit_gen):
     """Mean of max(0, 1 - D(data)) + max(0, 1 + D(sample)): what the discriminator minimises. Logits of any shape.
 
-    PRIOR: the hinge loss of LADD (arXiv 2403.12015); the HD paper's own loss is not to be had.
+    PRIOR: the hinge loss of LADD (arXiv 2403.12015); the HD paper's own loss is not told.
     """
     return F.relu(1 - logit_data).mean() + F.relu(1 + logit_gen).mean()
 

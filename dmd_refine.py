@@ -13,11 +13,12 @@ difference of two scores (Yin et al., arXiv 2311.18828):
 
 The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen, several updates for
 each of the student's. It is always a little late, and the two scores only tell where the samples of student and teacher
-overlap; so a student had better start close to the teacher, which is the paper's reason for stage 1. The adversarial
-term adds what neither score knows: real data (see awd.py). One forward pass of the frozen teacher at the noised x_gen
-serves both terms, x0_real and the features.
+overlap; so a student had better start close to the teacher, which is the paper's reason for stage 1 (see the README for
+what we find of it). The adversarial term adds what neither score knows: real data (see awd.py). One forward pass of the
+frozen teacher at the noised x_gen serves both terms, x0_real and the features.
 
-    L_G = L_DMD + lambda_adv L_adv                    three players, each update moves one of them:
+    L_G = L_DMD + lambda_adv L_adv                    L_adv = -mean D(teacher's features of x_t)
+Three players, each update moves one of them:
     student <- L_G      fake branch <- flow matching on x_gen      discriminator <- hinge on noised x_data and x_gen
 
     python dmd_refine.py --data glyphs                         # on images, from the TD student of meanflow_td.py
@@ -82,9 +83,10 @@ def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake, normalize=True):
     """The direction in which x_gen should NOT go: (x0_fake - x0_real) / mean|x_gen - x0_real|, for each sample.
 
     x_gen, its noised x_t, and both velocities at (x_t, t): (B, ...); t (B,). Returns (B, ...).
-    Without the normaliser, times (1 - t)^2/t^2, and averaged over the noise, this is the exact gradient of
-    KL(p_gen,t || p_real,t) by x_gen, if both velocities are exact. The normaliser makes the times count more alike
-    instead. PRIOR: DMD's (arXiv 2311.18828, eq. 8), without its factor 1 - t, as in the code of DMD2.
+    Multiplied by (1 - t)^2/t^2 instead of normalised, and averaged over the noise, this is the exact gradient of
+    KL(p_gen,t || p_real,t) by x_gen, if both velocities are exact: a score is -(x_t - (1 - t) x0_guess)/t^2, and x_t
+    moves by 1 - t as x_gen moves by 1. The normaliser gives all noise levels about the same weight instead. PRIOR:
+    DMD's (arXiv 2311.18828, eq. 8), without its factor 1 - t, as in the code of DMD2.
     """
     x0_real = x0_from_velocity(x_t, t, v_real)
     x0_fake = x0_from_velocity(x_t, t, v_fake)
@@ -194,14 +196,14 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     """Train the student in place by L_G, with its helpers; return its average network (EMA) and rows for metrics.csv.
 
     student: two times, from stage 1 (or without it, for the control). teacher: frozen, see `generator_loss`. fake: a
-    copy of it without guidance, which is trained. draw(batch, generator) -> x_data (batch, ...), y (batch,) or None.
-    discriminator: an awd.AdaptiveWeightedDiscriminator for the layers `taps` of the teacher, or None; trained in place.
-    lambda_td: weight of stage 1's loss, kept on. student_steps: 1, or 2 for a student that can do both.
-    fake_updates: of the fake branch for each of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2,
-    since these networks learn fast). Learning rates are peaks of Adam's. seed, stream, name, clip, ema_decay, amp,
-    accumulate, keep: as in `meanflow_td.train`; the discriminator's gradient in parts is that of a batch but for its
-    spectral norms, which each pass brings a step further; look(step, ema, fake). Raises data.Diverged when a loss, a
-    gradient or a sample is not finite.
+    copy of it, which is trained; without guidance, for the samples that it fits are guided already. draw(batch,
+    generator) -> x_data (batch, ...), y (batch,) or None. discriminator: an awd.AdaptiveWeightedDiscriminator for the
+    layers `taps` of the teacher, or None; trained in place. lambda_td: weight of stage 1's loss, kept on (with
+    SHARE_SPANS). student_steps: 1, or 2 for a student that can do both. fake_updates: of the fake branch for each of
+    the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2, since these networks learn fast). Learning rates
+    are peaks of Adam's. seed, stream, name, clip, ema_decay, amp, accumulate, keep: as in `meanflow_td.train`; the
+    discriminator's gradient in parts is that of a batch but for its spectral norms, which each pass brings a step
+    further; look(step, ema, fake). Raises data.Diverged when a loss, a gradient or a sample is not finite.
     """
     device = next(student.parameters()).device
     # PRIOR: no momentum between players that chase each other (Brock et al., arXiv 1809.11096). OURS: 0.99
@@ -304,8 +306,8 @@ PLANS = {
 
 
 PLANS |= {
-    # PRIOR: lr, lr_fake, fake_updates and clip are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official code), and
-    # close to its batch of 280. OURS: steps, lr_discriminator, lambda_adv, ema_decay, and the taps: four blocks, evenly
+    # PRIOR: lr, lr_fake, fake_updates and clip are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official code); the
+    # batch is close to its 280. OURS: steps, lr_discriminator, lambda_adv, ema_decay, and the taps: four blocks, evenly
     # spread over the 28 of an XL/2. The paper tells none of them. Of the B/4, which is far from its end after stage 1,
     # lr is five times as high: OURS.
     "imagenet256-xl2": dict(steps=50_000, batch=256, lr=2e-6, lr_fake=2e-6, lr_discriminator=1e-4, fake_updates=5,
@@ -354,7 +356,8 @@ def refine_images(run, name, seed):
 @torch.no_grad()
 def dmd_panels(student, teacher, fake, eps, y, t=0.5):
     """What DMD compares, for ten of the noises eps: x_gen, x0_real and x0_fake at its noised x_t, the gradient (scaled
-    to be seen): (40, C, H, W). Where x0_real and x0_fake look the same, the student has nothing more to learn."""
+    to be seen): (40, C, H, W). Where x0_real and x0_fake look the same, the student has nothing more to learn, or the
+    fake branch has not followed."""
     eps, y = eps[::len(eps) // 10][:10], y[::len(y) // 10][:10]
     x_gen, times = generate(student, eps, y), eps.new_full((len(eps),), t)
     x_t = add_noise(x_gen, eps.flip(0), times)

@@ -1,7 +1,8 @@
 """Stage 0 and stage 1: a flow-matching teacher, and its one-step student by MeanFlow trajectory distillation (TD).
 
-A teacher knows the velocity v(x_t, t) of the path that carries noise to data, and has to follow it in many small steps.
-A student learns the AVERAGE velocity over a whole stretch of that path, and takes the stretch in one step:
+A teacher knows the velocity v(x_t, t) of the path between data (t = 0) and noise (t = 1), and has to follow it
+backwards in many small steps to make a sample. A student learns the AVERAGE velocity over a whole stretch of that path,
+and takes the stretch in one step:
 
     u(x_t, r, t) = 1/(t - r) * integral_r^t v(x_s, s) ds           x_r = x_t - (t - r) u(x_t, r, t)
 
@@ -11,11 +12,11 @@ arXiv 2505.13447),
 
     u = v - (t - r) du/dt              du/dt = v . grad_x u + d_t u
 
-and it only holds what one point of the path can tell. du/dt is ONE forward-mode product of the student with the
+and it needs only what is known at one point of the path. du/dt is ONE forward-mode product of the student with the
 tangents (v, 0, 1) for (x, r, t). The right side, held fixed, is the target. Two things follow:
 
 - At r = t the identity says u = v: flow matching is MeanFlow with r = t, so one loss trains the teacher (on eps - x_0)
-  and the student (on the frozen teacher's velocity, in which guidance is then baked in).
+  and the student (on the frozen teacher's velocity; if that is guided, so is the student).
 - The teacher's v is a function of (x_t, t), while eps - x_0 is a noisy sample of it: distillation has a deterministic
   target.
 
@@ -28,7 +29,8 @@ dmd_refine.py, starts from there.
     python meanflow_td.py --data imagenet --dry-run       # the main experiment: what it takes, and what is missing
     torchrun --nproc_per_node=8 meanflow_td.py --data imagenet --device cuda ...          # 8 GPUs share each batch
 
-Departures from MeanFlow: which times are drawn (`draw_times`), and a teacher's velocity in the place of eps - x_0.
+Departures from MeanFlow: the times (`draw_times`), the optimisers (`make_optimizers`), and a teacher's velocity in the
+place of eps - x_0.
 """
 
 import argparse
@@ -60,6 +62,7 @@ def labelled(y):
     return {} if y is None else {"y": y}
 
 
+# A span is a row of a batch with r < t.
 # DIFFERS: 75 % of the rows are spans, where MeanFlow has 25 % on ImageNet: the boundary r = t is soon learned here.
 SHARE_SPANS = 0.75
 
@@ -191,10 +194,10 @@ def sample_ode(velocity, eps, y=None, steps=100):
     x = eps
     for k in range(steps):
         t = x.new_full((len(x),), 1 - k / steps)
-        s = x.new_full((len(x),), 1 - (k + 1) / steps)
+        r = x.new_full((len(x),), 1 - (k + 1) / steps)
         v_t = velocity(x, t=t, **labelled(y))
-        v_s = velocity(x - v_t / steps, t=s, **labelled(y))
-        x = x - (v_t + v_s) / (2 * steps)
+        v_r = velocity(x - v_t / steps, t=r, **labelled(y))
+        x = x - (v_t + v_r) / (2 * steps)
     return x
 
 
@@ -211,8 +214,8 @@ def learning_rate(step, steps, peak, warmup=100):
 def check_finite(where, rows=None, du_dt=None, **terms):
     """Raise data.Diverged, naming the place and the term, if one of these tensors holds NaN or infinity.
 
-    rows, du_dt: for its report. {name: (B,)}, what is known of each row of the batch, with "error", by which the worst
-    five are told; and the mean norm of du/dt.
+    rows, du_dt: for its report. {name: (B,)}, values for each row of the batch, of which the five with the largest
+    "error" are reported; and the mean norm of du/dt.
     """
     for name, value in terms.items():
         if not value.isfinite().all():
@@ -292,7 +295,7 @@ def backward_in_parts(net, batch, accumulate, loss_of, context):
         terms.append(told)
     if is_whole(rows):
         return loss, terms[0]
-    # each part's word in its own place, and zeros where other ranks have theirs: the sum has all
+    # each part writes its terms into its own place and leaves zeros in the others: the sum over ranks has all
     means = {name: loss.new_zeros(accumulate * world()[1]) for name in terms[0] if name != "rows"}
     columns = {key: loss.new_zeros(batch) for key in terms[0].get("rows", ())}
     for (rows, _), told in zip(parts, terms):
@@ -301,7 +304,7 @@ def backward_in_parts(net, batch, accumulate, loss_of, context):
         for key, values in columns.items():
             values[rows] = told["rows"][key].detach()
     add_up([*(p.grad for p in net.parameters() if p.grad is not None), loss, *means.values(), *columns.values()])
-    # a part may have no row of the kind that a term is the mean of: then it is NaN there. If the loss is finite
+    # a part without a row of some kind has NaN for its mean: it has no say, unless the loss is not finite itself
     mean = torch.nanmean if loss.isfinite() else torch.mean
     means = {name: mean(values) for name, values in means.items()}
     return loss, means | ({"rows": columns} if columns else {})
@@ -311,9 +314,9 @@ def teacher_objective(net, x_0, y, eps, generator, *, null_class=None, rows=slic
     """Stage 0 for a batch of data and noise (B, ...), labels y (B,) or None: flow matching on eps - x_0.
 
     null_class: the label that takes the place of one in ten, so that the network also knows the velocity of all classes
-    together, which guidance needs (Ho & Salimans, arXiv 2207.12598). rows: of these alone the loss is, while random
-    numbers are drawn for all, so that they do not depend on the parts a batch is taken in. Returns the loss and terms
-    to log; of these, "rows" are for each row of the batch, and not logged but reported if the loss is not finite.
+    together, which guidance needs (Ho & Salimans, arXiv 2207.12598). rows: a slice, on which the loss is computed;
+    random numbers are drawn for the whole batch, so that they do not depend on how it is split. Returns the loss and
+    terms to log; of these, "rows" are for each row of the batch, and not logged but reported if the loss is not finite.
     """
     # OURS: uniform times. The edges of a density are drawn at small t, which logit-normal times seldom see.
     t = torch.rand(len(x_0), generator=generator, device=x_0.device)
@@ -351,8 +354,9 @@ def make_optimizers(net, lr, lr_muon=None):
     """[(optimizer, its peak learning rate)] of all of net's parameters: Adam; Muon for a DiT's matrices, if lr_muon.
 
     Muon makes every singular value of a matrix's step alike, so that rare directions are learned as fast as common ones
-    (PRIOR: Jordan et al., https://kellerjordan.github.io/posts/muon). OURS: to use it for the teacher of glyphs. After
-    2,000 updates its v-loss on held-out glyphs was 0.217, with Adam at its best 0.239 (seed 0), at 1.3 times the time.
+    (PRIOR: Jordan et al., https://kellerjordan.github.io/posts/muon). OURS: to use it for teacher and TD student of
+    glyphs. After 2,000 updates the teacher's v-loss on held-out glyphs was 0.217, with Adam at its best 0.239 (seed 0),
+    at 1.3 times the time.
     """
     matrices = [p for name, p in net.named_parameters() if "blocks." in name and p.ndim == 2 and lr_muon is not None]
     taken = set(map(id, matrices))
@@ -372,10 +376,10 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon
     loss, terms: one of those above. steps, batch: integers >= 1; lr, lr_muon: peaks of the learning rates, see
     `make_optimizers`. seed, stream: what the randomness of each step is made from; networks that are to be compared
     share them. name: what the bar and the rows call this network, with a row every `log_every` steps. clip: the
-    gradient's greatest norm; of the toy's, hardly one is as long as 20. ema_decay: of `update_ema`. amp: of `autocast`. accumulate: parts in which a batch is
-    taken, one after the other, to save memory; objective is then called with rows= too. keep: a data.Keep, and a killed
-    training goes on. look(step, ema): called now and then, to draw samples. Raises data.Diverged when the loss or its
-    gradient is not finite.
+    gradient's greatest norm; of the toy's, hardly one is as long as 20. ema_decay: of `update_ema`. amp: of `autocast`.
+    accumulate: parts in which a batch is taken, one after the other, to save memory; objective is then called with
+    rows= too. keep: a data.Keep, and a killed training goes on. look(step, ema): called now and then, to draw samples.
+    Raises data.Diverged when the loss or its gradient is not finite.
     """
     device = next(net.parameters()).device
     optimizers = make_optimizers(net, lr, lr_muon)
@@ -448,7 +452,7 @@ PLANS |= {
         "network": {},
         # PRIOR: batch, lr, ema_decay and a quarter of spans are MeanFlow's for ImageNet (arXiv 2505.13447, official
         # code); w = 1.5 on 3 channels is the guidance behind the published FIDs of both teachers (arXiv 2212.09748).
-        # OURS: steps (20 epochs, a fifth of them would be seen as too few in FIDs of MeanFlow), clip.
+        # OURS: steps (20 epochs, never run), clip.
         "td": dict(steps=100_000, batch=256, lr=1e-4, clip=1.0, ema_decay=0.9999, share_spans=0.25, w=1.5,
                    cfg_channels=3),
     },

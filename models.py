@@ -3,7 +3,7 @@
 The convention (flow matching's linear path; Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003)
 
     x_t = (1 - t) x_0 + t eps          t = 0 is data, t = 1 is noise
-    v   = dx_t / dt                    conditional value: eps - x_0
+    v   = E[dx_t/dt | x_t]             for one pair (x_0, eps) the derivative is eps - x_0
     x0_hat  = x_t - t v                eps_hat = x_t + (1 - t) v
     score   = -eps_hat / t             the gradient of log p_t(x_t)
 
@@ -12,7 +12,8 @@ The convention (flow matching's linear path; Lipman et al., arXiv 2210.02747; Li
 
 Two kinds of network follow it. One with a single time, net(x_t, t=t), is a velocity field v: a teacher, or the fake
 branch of DMD. One with two_times=True, net(x_t, t=t, r=r), is an average velocity u: a student. At r = t the two mean
-the same thing, and a student that starts from its teacher's weights answers exactly what the teacher answers.
+the same thing. A student that starts from its teacher's weights answers at first what the unguided teacher does,
+whatever r is.
 
 Times are tensors (B,), keyword-only. This file imports no file of ours.
 """

@@ -7,20 +7,21 @@ It leaves runs/toy2d/ with bottleneck.png, story.png, results.json and metrics.c
 same command again goes on where it was stopped, or only redraws. Measured on 2 cores of an AMD EPYC: 12.4 minutes for
 one seed, 29.4 for three, 2.3 for --unify, 20 seconds for --quick.
 
-1. A teacher learns the velocity field of a density by flow matching; Heun's method with 100 steps (200 calls) samples.
+1. A teacher learns the velocity field of a density by flow matching; Heun's method with 100 steps (200 calls) draws
+   its samples.
 2. The bottleneck. Students of many sizes learn the teacher's average velocity by MeanFlow (TD, meanflow_td.py) and
    sample with ONE call. How close to the teacher's own sample of the same noise (replay error), how close to the data
    (sliced Wasserstein-2), and how many samples lie inside the support? Bigger is better, but not by enough: the map
    from noise to data has cliffs where the path chooses between two squares, and a smooth network builds bridges there.
 3. The way past. A SMALL student takes the first half of its updates from TD, the second half from distribution matching
    and an adversarial loss (dmd_refine.py, awd.py). It may now answer a noise point with another sample than the teacher
-   would, if only all samples together are right, and that a small network can do.
+   would, as long as all samples together have the right distribution, and that a small network can do.
 4. The controls: stage 2 for all of the updates, from random weights; and a discriminator that averages its tokens.
 
 The toy calls the losses, samplers and loops of the other files and has no second version of any. The paper's Fig. 3
 asks the same question (PAPER: quality of TD rises with size, 50 times the size does not close the gap); its data and
-sizes are not told, so density, networks and budget here are OURS. One thing is other than with images: the tokens that
-the discriminator weighs are the teacher's hidden layers, not places: attention against mean pooling says little here.
+sizes are not told, so density, networks and budget here are OURS. One thing differs from images: the tokens that the
+discriminator weighs are the teacher's hidden layers, not places: attention against mean pooling says little here.
 """
 
 import argparse
@@ -78,7 +79,8 @@ def td_rate(width):
 
 def sorted_projections(x, count=256):
     """The points x (n, 2) projected onto `count` fixed directions, each row sorted: (count, n)."""
-    angle = math.pi * (torch.arange(count, device=x.device) + 0.5) / count  # evenly spread: the sphere is a half circle
+    # evenly spread over half a circle: a direction and its opposite give the same distance
+    angle = math.pi * (torch.arange(count, device=x.device) + 0.5) / count
     return (torch.stack([angle.cos(), angle.sin()], dim=1) @ x.T).sort(dim=1).values
 
 
@@ -202,7 +204,8 @@ def judge_fresh_data(run, judge, seed):
 def tell_story(run, judge, plan, seed, device, first=True):
     """Teacher, bottleneck, refinement and controls for one seed; the results stay in the run folder.
 
-    first: of the seeds, which alone shows that twice the training would not help the largest student much.
+    first: this is the first of the seeds. It alone trains the largest student twice as long too, to see how much of its
+    gap is a matter of training.
     """
     judge_fresh_data(run, judge, seed)
     teacher = train_teacher(run, judge, plan, seed, device)

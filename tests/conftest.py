@@ -9,14 +9,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than ten seconds; leave it out with -m 'not slow'")
+    config.addinivalue_line("markers", "slow: takes seconds, or minutes; leave it out with -m 'not slow'")
     # torch.func.jvp loads its own rules through torch.jit.script, which torch itself has deprecated
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items):
-    """What needs the classifier of glyphs by its full recipe is slow: 20 s of training."""
+    """Slow is also what needs the classifier of glyphs by its full recipe, 20 s of training, or torch.compile."""
     for item in items:
-        if "recipe" in getattr(item, "fixturenames", ()):
+        if "recipe" in getattr(item, "fixturenames", ()) or "--compile]" in item.name:
             item.add_marker(pytest.mark.slow)

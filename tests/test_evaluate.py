@@ -401,6 +401,7 @@ evaluate.main({argv!r})
 """
 
 
+@pytest.mark.slow
 def test_killed_command_goes_on_and_gives_the_same_numbers(tmp_path, fake):
     images = make_folder(tmp_path / "images", 60)
     argv = ["--images", str(images), "--reference", "glyphs", "--glyphs", "24", "--batch", "4", "--allow-small"]

@@ -55,6 +55,7 @@ def test_classifier_knows_held_out_glyphs(recipe, other):
     torch.testing.assert_close(features @ net.head.weight.T + net.head.bias, logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_classifier_is_the_same_to_the_bit_and_leaves_the_randomness_alone():
     torch.manual_seed(1)
     one, accuracy = evaluate.train_classifier(SIZE, steps=6, batch=32)

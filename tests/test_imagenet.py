@@ -175,6 +175,7 @@ def test_encoding_on_the_fly_draws_what_the_cache_draws(made, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_machine_with_nothing_is_told_all_that_is_missing(tmp_path):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     (tmp_path / "here").mkdir()
@@ -324,6 +325,7 @@ def test_the_dry_run_adds_up(tmp_path, monkeypatch):
     assert "42.0 GB of disk" in said
 
 
+@pytest.mark.slow
 def test_the_presets_are_two_sizes_of_student(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     said = [script(meanflow_td, "--data", "imagenet", "--dry-run", "--preset", f"imagenet256-{size}")[1]

@@ -216,6 +216,7 @@ def test_killed_and_started_again(made, tmp_path):
         assert ((cache / name).stat().st_ino, (cache / name).stat().st_mtime_ns) == status, f"{name} was written twice"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 def test_cut_off_at_every_rename(made, tmp_path, monkeypatch, after):
     """There are 7 renames, 4 of the manifest: stopped just before or just after any, the next run ends the same."""
