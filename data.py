@@ -160,8 +160,8 @@ def positive_number(text):
 def sentences(parser, device=None):
     """Inside, what a user can mend ends the script with one sentence in the place of a traceback.
 
-    device: of work that `ranks` divides, else None. Yields an ExitStack, for the lock of the run folder that the script
-    will find."""
+    device: of work that `ranks` divides, else None. Yields an ExitStack, on which the script puts the lock of its run
+    folder once it knows the folder."""
     rank = int(os.environ.get("RANK", 0))
 
     def leave(code, said):
@@ -204,7 +204,7 @@ def progress(items, label, **options):
 
 BUCKET = 25 * 2**20  # PRIOR: DDP's 25 MB. Bytes summed at once: a call for each tensor costs time, one for all memory
 TIMEOUT = timedelta(minutes=30)  # to wait for a rank that lives. OURS: rank 0 fetches or saves some 10 GB meanwhile
-LAST_WORDS = 5  # seconds
+LAST_WORDS = 5  # seconds that other ranks wait before they leave, so that rank 0's sentence is printed first
 
 
 def world():
@@ -291,7 +291,7 @@ def agree(value):
 
 @contextmanager
 def in_turn():
-    """Inside is rank 0, and then all others: they find what it made, and what was damaged it has put aside."""
+    """Rank 0 runs the block first, then all others: they find what it made, not what it put aside."""
     if world()[0]:
         gathered(None)
     yield
@@ -577,9 +577,9 @@ def list_images(root):
         raise BadInput(f"{root} is not a folder: give the path of one with images in it.")
     paths = []
     for folder, below, names in os.walk(root, followlinks=True):
-        paths += [Path(folder, name) for name in names]
-        below[:] = [name for name in below if not leads_back(Path(folder, name))]
-    paths = sorted(p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+        paths += [Path(folder, name) for name in names if not name.startswith(".")]
+        below[:] = [name for name in below if not name.startswith(".") and not leads_back(Path(folder, name))]
+    paths = sorted(p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise BadInput(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): give the path of one that does.")
     return paths
@@ -870,7 +870,8 @@ class Glyphs:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Latents. The teachers for ImageNet live in the latents of a VAE, whose encoder takes 136 GMAC for an image; a forward
-# pass of XL/2 takes 119. So each image and its mirror image (the mirrored latent is another thing) are encoded once:
+# pass of XL/2 takes 119. So each image and its mirror image (mirroring a latent does not give the latent of the
+# mirrored image) are encoded once:
 #
 #   CACHE/manifest.json        what was encoded and by what; of each finished shard the sha256 and the images left out
 #   CACHE/moments-00000.npy    float16 (images, 2 flips, mean and logvar, channels, h, w); the next has the next images
@@ -1002,7 +1003,7 @@ def encode_folder(folder, vae, cache, *, vae_sha256, scale, batch=32, shard_imag
             pass
     records = dict(begun)
 
-    def inspect(k):  # what the manifest says of a shard is a function of its bytes, so an unrecorded one loses nothing
+    def inspect(k):  # of the shard's bytes alone: one written just before a kill, and not yet recorded, is not lost
         lost = np.isnan(open_shard(cache, made, k)[:, 0, 0, 0, 0, 0]).nonzero()[0] + k * shard_images
         return {"sha256": sha256_file(shard_path(cache, k)), "skipped": [[i, names[i]] for i in lost.tolist()]}
 
@@ -1232,8 +1233,9 @@ def alone(path):
     folder = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in Path(path).rglob("*.partial"):  # by a process that was killed while it wrote
-            left.unlink(missing_ok=True)
+        for left in [*Path(path).glob("*.partial"), *Path(path).glob("*/*.partial")]:
+            if re.search(r"\.\d+\.partial$", left.name):  # `write_whole`'s, by a process that was killed meanwhile
+                left.unlink(missing_ok=True)
     except BlockingIOError:
         os.close(folder)
         raise BadInput(f"another process works in {path}: wait until it is done, or name another folder") from None
@@ -1246,7 +1248,7 @@ def alone(path):
 
 
 class Patience:
-    """Inside, a first Ctrl-C is only noted, for whoever has just saved its work to look at; a second stops at once."""
+    """Inside, a first Ctrl-C only sets `asked`, which loops check by `look` after saving; a second stops at once."""
 
     asked = False  # of the whole process, as a signal is
 

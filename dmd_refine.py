@@ -296,24 +296,21 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
 # Runs on images
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The settings of one variant, under its name a section of the run folder's config.json. OURS: all of them.
+# The settings of one variant, under its name a section of the run folder's config.json.
 PLANS = {
+    # OURS: all of it, found on glyphs.
     "default": dict(steps=2000, batch=64, lr=1e-3, lr_fake=1e-3, lr_discriminator=5e-3, fake_updates=2, taps=(1, 3),
                     pooling="attention", init="td", lambda_adv=0.03, lambda_td=0.0, student_steps=1, clip=10.0),
     "quick": dict(steps=20, batch=32, lr=5e-4, lr_fake=5e-4, lr_discriminator=1e-3, fake_updates=2, taps=(0, 1),
                   pooling="attention", init="td", lambda_adv=0.1, lambda_td=0.0, student_steps=1, clip=10.0),
-}  # fmt: skip
-
-
-PLANS |= {
     # PRIOR: lr, lr_fake, fake_updates and clip are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official code); the
     # batch is close to its 280. OURS: steps, lr_discriminator, lambda_adv, ema_decay, and the taps: four blocks, evenly
-    # spread over the 28 of an XL/2. The paper tells none of them. Of the B/4, which is far from its end after stage 1,
-    # lr is five times as high: OURS.
+    # spread over the 28 of an XL/2. The paper tells none of them.
     "imagenet256-xl2": dict(steps=50_000, batch=256, lr=2e-6, lr_fake=2e-6, lr_discriminator=1e-4, fake_updates=5,
                             taps=(6, 13, 20, 27), pooling="attention", init="td", lambda_adv=0.1, lambda_td=0.0,
                             student_steps=1, clip=10.0, ema_decay=0.999),
 }  # fmt: skip
+# OURS: the small student is far from its end after stage 1, so it learns five times as fast.
 PLANS["imagenet256-b4"] = PLANS["imagenet256-xl2"] | dict(lr=1e-5)
 PLANS["imagenet-quick"] = PLANS["imagenet256-xl2"] | dict(steps=3, batch=4, taps=(0, 1), fake_updates=2)
 
@@ -428,7 +425,7 @@ def ablation_job(args, name, seed):
 
 
 def end_with_parent():
-    """For a worker: end when the process that started it does, or both it and the next run would go on with its job."""
+    """For a worker: exit when its parent exits; else the orphan and the next start would train the same job."""
     parent = torch.multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -453,7 +450,7 @@ def ablation(args, run):
             raise
     for state in run.folder.stages().values():
         run.folder.write_metrics(state.get("rows", []))
-    rows = evaluate_run(run, args.count)
+    rows = evaluate_run(run, args.count or (500 if args.quick else 5000))
     told = compare(rows)
     variances = [gradient_variance(run, seed) for seed in range(args.seeds)]
     ratio = [v["data"] / v["teacher"] for v in variances]
@@ -462,7 +459,7 @@ def ablation(args, run):
                 "eps - x_0 as with the teacher's velocity.")  # fmt: skip
     print("\n".join(told))
     write_json(run.folder.path / "ablation.json", {"comparisons": told, "gradient_variance": variances})
-    plot_ablation(run.folder.path / "ablation.png", rows, run.folder)
+    plot_ablation(run.folder.path / "ablation.png", rows, run.folder, run.plan["td"]["w"])
     print(f"In {run.folder.path}: ablation.json, ablation.png")
 
 
@@ -498,7 +495,7 @@ def gradient_variance(run, seed, batches=32):
     teacher is right, and the variances compare. Same data, noise and times for both.
     """
     student, plan = run.load("td", two_times=True).requires_grad_(True), run.plan["td"]
-    teacher, variance = run.load_teacher(), {}
+    teacher, variance = run.load("teacher"), {}  # without guidance: the mean of eps - x_0, and of nothing else
     for source in ("teacher", "data"):
         gradients = []
         for k in range(batches):
@@ -516,8 +513,9 @@ def gradient_variance(run, seed, batches=32):
     return {"seed": seed, **variance}
 
 
-def plot_ablation(path, rows, folder):
-    """ablation.png: each variant's Frechet distance and recall, a mark for each seed; error with and without TD."""
+def plot_ablation(path, rows, folder, w):
+    """ablation.png: Frechet distance and recall of each variant and seed, and of the teacher with guidance w; error
+    with and without TD."""
     figure = Figure(figsize=(12, 4.2), constrained_layout=True)
     axes = figure.subplots(1, 3)
     names = ["td", "scratch", "dmd-no-td", "dmd", "mean", "hd-no-td", "hd"]
@@ -526,7 +524,8 @@ def plot_ablation(path, rows, folder):
         for place, name in enumerate(names):
             values = [row[measure] for row in rows if row["what"] == titles[name] and row["nfe"] == 1]
             axis.plot(values, [place] * len(values), "o", color="#d55e00" if name == "hd" else "#0072b2")
-        floors = [row[measure] for row in rows if row["what"] == "teacher, Heun" and row["w"] == 1]
+        # its last rows are of fewer images
+        floors = [row[measure] for row in rows if row["what"] == "teacher, Heun" and row["w"] == w][:2]
         axis.axvline(min(floors) if measure == "frechet" else max(floors), color="black", ls="--", label="teacher")
         axis.set_yticks(range(len(names)), [titles[name] for name in names] if axis is axes[0] else [])
         axis.set_xlabel("Frechet distance (less is better)" if measure == "frechet" else "recall (more is better)")
@@ -593,8 +592,8 @@ def memory(stage_1, stage_2, teacher, student, *, batch, amp, checkpointing):
         wrapper.net.checkpointing = checkpointing
 
     def kept(rows, call, wrapper):
-        """Saved bytes of call(x, t, y) on so many rows; where blocks make theirs again in the backward pass, with those
-        of one block of the wrapped net."""
+        """Saved bytes of call(x, t, y) on so many rows; with checkpointing, plus those of one block of the wrapped net,
+        which the backward pass computes again."""
         x = torch.randn(rows, known["in_channels"], known["input_size"], known["input_size"])
         t, y = torch.rand(rows), torch.zeros(rows, dtype=torch.int64)
         with autocast(torch.device("cpu"), amp):
@@ -810,7 +809,7 @@ def bench(args, rounds=3):
 def variant_name(text):
     """A type for argparse: names of files and of sections of a run's settings that stage 1 does not have."""
     taken = ("data", *STAGE_1["default"])
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text) or text in taken:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text) or text.lower() in taken:
         raise argparse.ArgumentTypeError(f"{text!r} is not a name of letters, digits, _.-, or is one of {taken}")
     return text
 
@@ -834,8 +833,8 @@ def main(arguments=None):
     parser.add_argument("--seeds", type=whole_number(1, 10), default=3, help="of --ablation (default: %(default)s)")
     parser.add_argument("--workers", type=whole_number(1, 64), default=os.cpu_count(),
                         help="of --ablation: jobs side by side (default: %(default)s, one for each core)")  # fmt: skip
-    parser.add_argument("--count", type=whole_number(100, 10**6), default=5000,
-                        help="of --ablation: images in each row of the table (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--count", type=whole_number(100, 10**6),
+                        help="of --ablation: images in each row of the table (5000; with --quick 500)")  # fmt: skip
     parser.add_argument("--bench", action="store_true",
                         help="time every step and its parts on this machine, against the count of network passes")
     args = parser.parse_args(arguments)
@@ -844,8 +843,8 @@ def main(arguments=None):
         with sentences(parser):
             bench(args)
         return
-    if args.ablation and args.data == "imagenet":
-        parser.error("--ablation judges with glyphs: of imagenet, train each variant with its own --name")
+    if args.ablation and (args.data != "glyphs" or args.name != "hd"):
+        parser.error("--ablation is of --data glyphs and --name hd: else train each variant with its own --name")
     with sentences(parser, None if args.ablation or args.dry_run else args.device) as held:
         keys = ("pooling", "init", "lambda_adv", "lambda_td", "student_steps", "batch", "taps")
         given = {(args.name, key): getattr(args, key) for key in keys} | {(args.name, "steps"): args.refine_steps}

@@ -12,12 +12,11 @@ from another evaluator: the resize to 299 px alone moves it by 0.1, the number o
 here carries its fingerprint: what was compared with what, and by which rules. For glyphs of 16 or 32 px, which would
 have to be blown up to 299, GlyphJudge asks the same of a small classifier that is trained in half a minute.
 
-    python evaluate.py --reference VIRTUAL_imagenet256_labeled.npz --images samples/     # the papers' ImageNet protocol
-    python evaluate.py --reference glyphs --images runs/student/samples                  # held-out glyphs
-    python evaluate.py --reference runs/student --images samples.npz --allow-small       # what that run learned from
-    python evaluate.py --images samples/ --save-npz samples.npz                          # for ADM's own evaluator
-    python evaluate.py --flops                                                           # what one image costs
-    python evaluate.py --sample 50000 --checkpoint runs/imagenet256-xl2/hd-seed0.pt --out samples    # images
+    python evaluate.py --data glyphs                                             # the table of a run on glyphs
+    python evaluate.py --sample 50000 --checkpoint runs/imagenet256-xl2 --out samples            # images, and then
+    python evaluate.py --images samples/images --reference VIRTUAL_imagenet256_labeled.npz       # the papers' protocol
+    python evaluate.py --images samples/images --save-npz samples.npz            # for ADM's own evaluator
+    python evaluate.py --flops                                                   # what one image costs
 
 Run the same command again to go on where a stopped evaluation was. Results are added to OUT/results.json.
 One core of an AMD EPYC: 14.7 images/s, an hour for 50,000; 1.1 GB of memory. No GPU was at hand to time.
@@ -494,7 +493,8 @@ def cached_features(net, weights_sha, source, keep, title, args):
 FULL_FID = 50_000  # images that the papers' FIDs are of
 REFERENCE_ROWS = 10_000  # PRIOR: ADM's npz holds so many images for precision and recall
 SIDECAR = "fingerprint.json"
-SAMPLE_FIELDS = ("labels", "uint8", "vae", "vae_scale", "precision", "sampler", "steps", "guidance", "seed", "nfe")
+SAMPLE_FIELDS = ("checkpoint", "teacher", "labels", "uint8", "vae", "vae_scale", "precision", "sampler", "steps",
+                 "guidance", "seed", "nfe")  # fmt: skip
 
 
 class Reference(NamedTuple):
@@ -512,20 +512,18 @@ def open_images(path):
 
 
 def open_reference(text, size, glyphs):
-    """`glyphs`, the folder of a run, a folder of images, or an npz. Images are taken at `size` px: folders are
-    centre-cropped to it, and of glyphs so many are drawn as `glyphs` says. Raises BadInput that names the file."""
-    path, run = Path(text), {"data": text}
+    """`glyphs`, a run on glyphs or on a folder, a folder of images, or an npz. Images are taken at `size` px: folders
+    are centre-cropped to it, and of glyphs so many are drawn as `glyphs` says. Raises BadInput that names the file."""
+    path, told = Path(text), {"data": text}
     if (path / "config.json").is_file():
-        run = data.read_json(path / "config.json")
-        if not isinstance(run, dict):
-            raise BadInput(f"{path / 'config.json'} is not the configuration of a run.")
-        run = run["data"] if isinstance(run.get("data"), dict) else run
-        if run.get("data") != "glyphs" and not run.get("data_dir"):
-            raise BadInput(f"{path / 'config.json'} names neither glyphs as its data nor a data_dir.")
-        if run.get("image_size", size) != size:
-            raise BadInput(f"{path} is a run of {run['image_size']} px images, but those to score have {size} px.")
-        path = Path(run.get("data_dir") or "")
-    if run["data"] == "glyphs":
+        config = data.read_json(path / "config.json")
+        told = config.get("data") if isinstance(config, dict) else None
+        if not isinstance(told, dict) or told.get("data") != "glyphs" and not told.get("data_dir"):
+            raise BadInput(f"{path / 'config.json'} is not the configuration of a run on glyphs or on a folder.")
+        if told.get("size") != size:
+            raise BadInput(f"{path} is a run of {told.get('size')} px images, but those to score have {size} px.")
+        path = Path(told.get("data_dir", ""))
+    if told["data"] == "glyphs":
         source = data.Glyphs(size, held_out=True, length=glyphs)
         return Reference(f"glyphs, {size} px, held-out stream", {}, source, None)
     if path.is_dir():
@@ -583,7 +581,8 @@ def evaluate(args):
         count = len(reference.source)
         keep = np.unique(np.linspace(0, count - 1, min(count, REFERENCE_ROWS)).astype(np.int64))
         base, _ = cached_features(net, weights_sha, reference.source, keep, "reference", args)
-        stats = stats or {name: base[name].finish() for name in ("pool", "spatial")}
+        if "pool" not in stats:
+            stats = {name: base[name].finish() for name in ("pool", "spatial")}
         sha = sha or base["pixels"]
     label = "50k" if len(source) == FULL_FID else len(source)
     for name, feature in (("FID", "pool"), ("sFID", "spatial")):
@@ -659,8 +658,9 @@ class GlyphClassifier(nn.Module):
     """Three convolutions, the mean over their last pixels, one linear layer. images (B, 1, size, size) in [-1, 1] ->
     features (B, 96), where the Frechet distance, precision and recall are measured; logits (B, 10).
 
-    OURS: group norm and GELU. With batch norm and ReLU the same recipe knew glyphs as well, but lost its head on images
-    somewhat unlike them: of 16 px glyphs blurred by (1 2 1) it knew 0.10 for 0.68, and bad looked like worse."""
+    OURS: group norm and GELU. With batch norm and ReLU the same recipe was as accurate on glyphs, but failed on
+    slightly different ones: of 16 px glyphs blurred by (1 2 1) it knew 0.10 instead of 0.68, so that samples a little
+    wrong would look all wrong."""
 
     def __init__(self, size):
         super().__init__()
@@ -769,8 +769,7 @@ class GlyphJudge:
         if classifier.size != size:
             raise ValueError(f"a classifier of {classifier.size} px glyphs can't judge {size} px")
         self.classifier, self.size, self.count, self.seed = models.frozen_copy(classifier).cpu(), size, count, seed
-        state = self.classifier.state_dict()
-        self.sha = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in state.values())).hexdigest()[:8]
+        self.sha = weights_sha(self.classifier)
         images, _ = held_out_glyphs(size, count, seed)
         self.spectrum = power_spectrum(images)
         features, _ = classify(self.classifier, images)
@@ -806,6 +805,12 @@ class GlyphJudge:
             "features": f"GlyphClassifier {self.sha}",
             "seed": self.seed,
         }
+
+
+def weights_sha(net):
+    """The first 8 digits of the sha256 of a network's weights; of none, nothing."""
+    weights = [] if net is None else net.state_dict().values()
+    return hashlib.sha256(b"".join(x.cpu().contiguous().numpy().tobytes() for x in weights)).hexdigest()[:8]
 
 
 def statistics(features):
@@ -847,8 +852,9 @@ class RunJudge:
         check_finite(f"{what}, seed {self.run.seed}", sample=x)
         return x, self.y[:count]
 
-    def row(self, what, draw, count, *, seed=0, nfe=0, w=None):
-        """Measure draw() -> images, labels."""
+    def row(self, what, draw, count, *, seed=0, nfe=0, w=None, net=None):
+        """Add the row of metrics of what draw() returns, (images, labels), made by `net` with guidance w. A row of the
+        same network that was measured before is read from the run folder."""
 
         def compute(keep):
             start = time.perf_counter()
@@ -858,7 +864,7 @@ class RunJudge:
                    "fingerprint": self.judge.fingerprint(labels)}  # fmt: skip
             return {"row": row, "spectrum": power_spectrum(data.to_float(data.to_uint8(images)))}
 
-        name = f"judged-{what}-seed{seed}-nfe{nfe}-w{w}-{count}"
+        name = f"judged-{what}-seed{seed}-nfe{nfe}-w{w}-{count}-{weights_sha(net)}"
         state = self.run.folder.stage(re.sub("[^A-Za-z0-9.-]+", "_", name), compute)
         self.rows.append(state["row"])
         self.spectra.setdefault(what, state["spectrum"])
@@ -877,7 +883,7 @@ class RunJudge:
             method, steps = (sample_ode, calls // 2) if heun else (sample_euler, calls)
             what = "teacher, Heun" if heun else "teacher, Euler"
             draw = partial(self.sample, partial(method, teacher, steps=steps), count, what)
-            self.row(what, draw, count, nfe=calls, w=w)
+            self.row(what, draw, count, nfe=calls, w=w, net=teacher)
 
         for calls in (*few_calls, *many_calls):
             at(self.run.plan["td"]["w"], calls, self.count)
@@ -885,10 +891,11 @@ class RunJudge:
             at(w, many_calls[0], self.count // FEW)
 
     def student(self, stage, what, seed=0, steps=1):
-        """The student of a finished stage, in `steps` calls."""
+        """The student of a finished stage, in `steps` calls; returns the student."""
         net = self.run.load(stage, two_times=True)
         draw = partial(self.sample, partial(sample, net, steps=steps), self.count, what)
-        self.row(what, draw, self.count, seed=seed, nfe=steps)
+        self.row(what, draw, self.count, seed=seed, nfe=steps, net=net)
+        return net
 
 
 def print_rows(rows):
@@ -914,16 +921,15 @@ def evaluate_run(run, count):
     judge = RunJudge(run, count)
     judge.data()
     judge.teacher()
-    judge.student("td", "TD")
     grid = {"teacher, 50 calls": partial(sample_ode, run.load_teacher(), steps=25),
-            "TD, 1 call": run_sampler(run, "td")}  # fmt: skip
+            "TD, 1 call": partial(sample, judge.student("td", "TD"))}  # fmt: skip
     for path in sorted(run.folder.path.glob("*-seed*.pt")):
         name, seed = path.stem.rsplit("-seed", 1)
         if name in run.plan:
             for steps in range(1, run.plan[name].get("student_steps", 1) + 1):
-                judge.student(path.stem, NAMES.get(name, name), int(seed), steps)
+                student = judge.student(path.stem, NAMES.get(name, name), int(seed), steps)
             if seed == "0":
-                grid[f"{NAMES.get(name, name)}, 1 call"] = run_sampler(run, path.stem)
+                grid[f"{NAMES.get(name, name)}, 1 call"] = partial(sample, student)
     if world()[0]:  # the rest is rank 0's
         return judge.rows
     data.write_json(run.folder.path / "results.json", judge.rows)
@@ -933,11 +939,6 @@ def evaluate_run(run, count):
     data.save_grid(run.folder.path / "grid.png", np.concatenate(images), columns=len(images[0]))
     print(f"In {run.folder.path}: results.json, spectrum.png, and grid.png with a row for each of: {'; '.join(grid)}.")
     return judge.rows
-
-
-def run_sampler(run, stage):
-    """sampler(eps, y) -> x_0 of a student of the run, in one call."""
-    return partial(sample, run.load(stage, two_times=True))
 
 
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for all eyes
@@ -1019,14 +1020,15 @@ def open_painter(args):
         if args.sampler == "student":
             student, told["checkpoint"] = run.load(path.stem, two_times=True), data.sha256_file(path)
         if wants_teacher and settings["data"] != "imagenet":
-            teacher = run.load("teacher")
+            teacher, sha256 = run.load("teacher"), data.sha256_file(path.parent / "teacher.pt")
     if wants_teacher and teacher is None:
         teacher, sha256 = load_teacher(args.teacher)
         if run is not None and sha256 != settings["teacher sha256"]:
             raise BadInput(f"{path} was trained with another teacher (sha256 {settings['teacher sha256'][:8]}...) than "
                            f"--teacher {args.teacher} ({sha256[:8]}...)")  # fmt: skip
         teacher.to(args.device)
-        told["teacher"] = None if args.sampler == "student" else sha256
+    if args.sampler != "student":
+        told["teacher"] = sha256
     if run is None or settings["data"] == "imagenet":
         vae, told["vae"] = data.load_vae(args.vae)
         told["vae_scale"] = models.SD_VAE_SCALE
@@ -1038,7 +1040,7 @@ def open_painter(args):
         decode = run.decode
     if teacher is not None:
         teacher.w = args.w or (run.plan["td"]["w"] if run else 1.5)
-        teacher.cfg_channels = args.cfg_channels
+        teacher.cfg_channels = args.cfg_channels or (run.plan["td"].get("cfg_channels") if run else None) or 3
     if run is None:
         config = teacher.net.config
         shape, classes = (config["in_channels"], config["input_size"], config["input_size"]), config["num_classes"]
@@ -1236,11 +1238,12 @@ def main(argv=None):
     add("--classes", type=class_list, default="random", help="random, balanced, or numbers: 207,360 (%(default)s)")
     add("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of labels and noise (%(default)s)")
     add("--w", type=data.positive_number, help="the teacher's guidance (that of the run, else 1.5)")
-    add("--cfg-channels", type=whole_number(1, 4), default=3, help="of latents: guide the first N (%(default)s)")
+    add("--cfg-channels", type=whole_number(1, 4), help="of latents: guide the first N (that of the run, else 3)")
     add("--amp", choices=("bf16", "off"), default="off", help="bf16: matrix products in bf16 (%(default)s)")
     add("--speed-up", action="store_true", help="time the teacher's sampler too, on one batch")
     args = parser.parse_args(argv)
     check_device(parser, args.device)
+    torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would move features beyond 1e-4
     if args.sample:
         if args.out is None:
             parser.error("--sample needs --out, a folder for the images")
@@ -1262,7 +1265,6 @@ def main(argv=None):
     args.out = Path(args.out or "runs/evaluate")
     if not args.flops and not (args.images and (args.reference or args.save_npz)):
         parser.error("give --data, or --sample, or --images with --reference or --save-npz, or --flops")
-    torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would move features beyond 1e-4
     with sentences(parser):
         if args.flops:
             for name, value in flops_table().items():

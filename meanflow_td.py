@@ -34,6 +34,7 @@ place of eps - x_0.
 """
 
 import argparse
+import copy
 import math
 import sys
 import time
@@ -433,8 +434,8 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon
 # ---------------------------------------------------------------------------------------------------------------------
 
 # What a run is made of. The sections go to the run folder's config.json; dmd_refine.py adds its own.
-# OURS: all of it, chosen by short runs of the teacher and of stage 1 on 2 CPU cores.
 PLANS = {
+    # OURS: all of it, chosen by short runs of the teacher and of stage 1 on 2 CPU cores.
     "default": {
         "network": dict(patch_size=4, hidden_size=96, depth=4, num_heads=4),
         "teacher": dict(steps=32_000, batch=64, lr=3e-3, lr_muon=1e-2, clip=300.0),
@@ -445,23 +446,22 @@ PLANS = {
         "teacher": dict(steps=60, batch=32, lr=3e-3, lr_muon=1e-2, clip=300.0),
         "td": dict(steps=30, batch=32, lr=1e-3, lr_muon=5e-3, clip=50.0, w=1.0),
     },
-}
-PLANS |= {
     # The student is as large as the teacher, and starts from its weights.
+    # PRIOR: batch, lr, ema_decay and a quarter of spans are MeanFlow's for ImageNet (arXiv 2505.13447, official code);
+    # w = 1.5 on 3 channels is the guidance behind the published FIDs of both teachers (arXiv 2212.09748).
+    # OURS: steps (20 epochs, never run), clip.
     "imagenet256-xl2": {
         "network": {},
-        # PRIOR: batch, lr, ema_decay and a quarter of spans are MeanFlow's for ImageNet (arXiv 2505.13447, official
-        # code); w = 1.5 on 3 channels is the guidance behind the published FIDs of both teachers (arXiv 2212.09748).
-        # OURS: steps (20 epochs, never run), clip.
         "td": dict(steps=100_000, batch=256, lr=1e-4, clip=1.0, ema_decay=0.9999, share_spans=0.25, w=1.5,
                    cfg_channels=3),
     },
     # A student of a tenth of the teacher's work. Its sizes are not the teacher's, so it starts from random weights and
     # learns all from the teacher's velocity: OURS, as the toy does. With a B/4 as --teacher it starts from its weights.
+    # PRIOR: B/4 and its steps, 80 epochs, are those of MeanFlow's ablations.
     "imagenet256-b4": {
-        "network": dict(patch_size=4, hidden_size=768, depth=12, num_heads=12),  # PRIOR: B/4, MeanFlow's ablations
+        "network": dict(patch_size=4, hidden_size=768, depth=12, num_heads=12),
         "td": dict(steps=400_000, batch=256, lr=1e-4, clip=1.0, ema_decay=0.9999, share_spans=0.25, w=1.5,
-                   cfg_channels=3),  # PRIOR: steps too, their 80 epochs; the rest as above
+                   cfg_channels=3),
     },
     "imagenet-quick": {
         "network": {},
@@ -474,7 +474,8 @@ LOOK_EVERY = 500  # steps between two pictures of samples
 def check_section(section, blocks, accumulate):
     """BadInput if what a section of a plan asks for can't be done with a teacher of so many blocks, in so many parts.
 
-    To be asked before a run folder takes the section: it would keep it, and refuse the mended one as another run's."""
+    Call it before config.json is written: the folder would keep the bad value, and refuse the mended command as another
+    run's."""
     if "batch" in section:
         in_parts(section["batch"], accumulate)
     stage_1 = "w" in section or section.get("lambda_td")
@@ -525,11 +526,9 @@ class ImageRun:
         self.passes = {"checkpointing": args.checkpointing, "compiling": args.compile}
         plan = PLANS[plan_name(args)] | (more or {})
         opened = self.open(args, plan)
-        plan |= {name: dict(section) for name, section in opened.items()}
-        plan["data"]["seed"] = 0
-        there = RunFolder(path, {}).config
-        plan = {name: dict(section) for name, section in (plan | there).items()}
-        if args.quick:  # as if the small network had been asked for by a flag
+        # the weakest word first: the plan's, the folder's, --quick's on the network, the flags', the data's
+        plan = copy.deepcopy(plan | {"data": {"seed": 0}} | RunFolder(path, {}).config)
+        if args.quick:
             plan["network"] = dict(PLANS[plan_name(args)]["network"])
         for (section, key), value in given.items():
             if value is not None:
@@ -551,7 +550,8 @@ class ImageRun:
                 raise BadInput("--data folder needs --data-dir, a folder with one folder of images for each class")
             self.source = ImageFolder(args.data_dir, args.size)
             channels, classes = self.source.channels, self.source.classes
-        return {"data": dict(data=args.data, size=args.size, channels=channels, classes=classes)}
+        told = dict(data=args.data, size=args.size, channels=channels, classes=classes)
+        return {"data": told | ({"data_dir": str(Path(args.data_dir).resolve())} if args.data == "folder" else {})}
 
     def begin(self, folder, plan):
         """Take a run's folder and its plan."""
@@ -870,11 +870,6 @@ def check_training(parser, args):
         parser.error("--dry-run is for --data imagenet: the others fit on any machine")
 
 
-def teacher_sample(net, eps, y, steps=25):
-    """The teacher's samples for the grids: Heun with `steps` steps, twice as many calls."""
-    return sample_ode(net, eps, y, steps=steps)
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
@@ -888,6 +883,8 @@ def main(arguments=None):
                         help="of imagenet: guide the first N of 4 channels (default: 3, as published)")  # fmt: skip
     args = parser.parse_args(arguments)
     check_training(parser, args)
+    if args.cfg_channels and args.data != "imagenet":
+        parser.error("--cfg-channels is of --data imagenet, whose latents have 4")
     given = {("data", "seed"): args.seed, ("td", "steps"): args.td_steps, ("td", "w"): args.w,
              ("td", "batch"): args.batch, ("td", "cfg_channels"): args.cfg_channels}  # fmt: skip
     if args.data != "imagenet":
@@ -902,7 +899,7 @@ def main(arguments=None):
         held.enter_context(alone(run.folder.path))
         if args.data != "imagenet":
             run.train("teacher", run.network("teacher"), partial(teacher_objective, null_class=run.classes),
-                      section="teacher", sampler=teacher_sample)  # fmt: skip
+                      section="teacher", sampler=partial(sample_ode, steps=25))  # fmt: skip
         teacher = run.load_teacher()
         run.set_passes(teacher)
         objective = partial(student_objective, teacher=teacher)

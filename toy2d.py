@@ -18,7 +18,7 @@ one seed, 29.4 for three, 2.3 for --unify, 20 seconds for --quick.
    would, as long as all samples together have the right distribution, and that a small network can do.
 4. The controls: stage 2 for all of the updates, from random weights; and a discriminator that averages its tokens.
 
-The toy calls the losses, samplers and loops of the other files and has no second version of any. The paper's Fig. 3
+The toy calls the losses, samplers and loops of the other files and has no second version of any. The paper's figure 3
 asks the same question (PAPER: quality of TD rises with size, 50 times the size does not close the gap); its data and
 sizes are not told, so density, networks and budget here are OURS. One thing differs from images: the tokens that the
 discriminator weighs are the teacher's hidden layers, not places: attention against mean pooling says little here.

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 import data
 import evaluate
+import meanflow_td
 from helpers import fill, wave
 
 ROOT = Path(evaluate.__file__).parent
@@ -529,22 +530,20 @@ def test_every_kind_of_reference(tmp_path, fake):
     big = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
     np.savez(tmp_path / "adm.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, arr_0=big)
     np.savez(tmp_path / "pytorch_fid.npz", mu=mu, sigma=sigma)
+    np.savez(tmp_path / "spatial.npz", mu_s=mu_s, sigma_s=sigma_s, arr_0=big)  # of no use without mu and sigma
     np.savez_compressed(tmp_path / "images.npz", arr_0=big)
     for i, image in enumerate(big[:9]):  # photos of another size than the scored images: the centre crop takes them
         (tmp_path / "photos" / "n01").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[: 40 + i]).save(tmp_path / "photos" / "n01" / f"{i}.JPEG")
     glyph_run, folder_run = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
-    for folder, config in (
-        (glyph_run, {"data": "glyphs", "data_dir": None, "image_size": 16}),
-        (folder_run, {"data": "folder", "data_dir": str(tmp_path / "photos"), "image_size": 16}),
-    ):
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(config))
+    few = ["--quick", "--teacher-steps", "1", "--td-steps", "1", "--batch", "4", "--out"]
+    meanflow_td.main([*few, str(glyph_run)])
+    meanflow_td.main([*few, str(folder_run), "--data", "folder", "--data-dir", str(tmp_path / "photos")])
 
     everything = {"FID-40", "sFID-40", "IS", "precision", "recall"}
     expected = {
         tmp_path / "adm.npz": everything, tmp_path / "pytorch_fid.npz": {"FID-40", "IS"},
-        tmp_path / "images.npz": everything, tmp_path / "photos": everything, "glyphs": everything,
+        tmp_path / "images.npz": everything, tmp_path / "spatial.npz": everything, tmp_path / "photos": everything, "glyphs": everything,
         glyph_run: everything, folder_run: everything,
     }  # fmt: skip
     common = ("--images", images, "--glyphs", 12, "--allow-small", "--out", out)
@@ -556,7 +555,7 @@ def test_every_kind_of_reference(tmp_path, fake):
             continue
         (name,) = [name for name in got if name.startswith(str(reference))]
         assert set(got[name]["metrics"]) == metrics
-    assert len(rows(out)) == 5  # a run's reference is its data: the same fingerprints as the data's own
+    assert len(rows(out)) == 6  # a run's reference is its data: the same fingerprints as the data's own
     adm = got[str(tmp_path / "adm.npz")]["fingerprint"]
     assert adm["reference sha256"] == hashlib.sha256((tmp_path / "adm.npz").read_bytes()).hexdigest()
     assert any("20 images of 64 px are for precision and recall alone" in note for note in adm["notes"])
@@ -690,13 +689,14 @@ def test_bad_references(tmp_path, fake, capsys):
     for name, content in arrays.items():
         np.savez(tmp_path / f"{name}.npz", **content)
     np.save(tmp_path / "bare.npy", mu)
-    for name, config in (("odd", {"data": "folder"}), ("large", {"data": "glyphs", "image_size": 32})):
+    for name, config in (("odd", {"data": {"data": "folder"}}), ("large", {"data": {"data": "glyphs", "size": 32}}),
+                         ("flat", {"data": "glyphs"})):  # fmt: skip
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     (tmp_path / "empty").mkdir()
-    for name in [*(f"{n}.npz" for n in arrays), "bare.npy", "odd", "large", "broken", "empty", "absent"]:
+    for name in [*(f"{n}.npz" for n in arrays), "bare.npy", "odd", "large", "flat", "broken", "empty", "absent"]:
         said = fails(capsys, tmp_path / "out", "--images", images, "--reference", tmp_path / name, "--allow-small")
         assert str(tmp_path / name) in said
 

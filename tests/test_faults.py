@@ -218,6 +218,12 @@ with data.alone(sys.argv[1]):
     assert process.returncode == -signal.SIGABRT and (tmp_path / "a.1.partial").exists()
     with alone(tmp_path):
         assert not list(tmp_path.iterdir())  # what it had half written is gone
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    others = [tmp_path / "film.partial", tmp_path / "far" / "away" / "a.1.partial"]
+    for path in others:
+        path.touch()
+    with alone(tmp_path):
+        assert all(path.exists() for path in others)  # but nothing of others
 
 
 def die(*job):

@@ -290,7 +290,7 @@ def test_stages_in_the_wrong_order_and_flags_that_do_not_belong(made, tmp_path):
     code, _, err = script(dmd_refine, *imagenet(made), "--quick", "--out", tmp_path / "run")
     assert code == 2 and "holds no finished td" in err and not (tmp_path / "run").exists()
     code, _, err = script(dmd_refine, *imagenet(made), "--ablation")
-    assert code == 2 and "--ablation judges with glyphs" in err
+    assert code == 2 and "--ablation is of --data glyphs" in err
     code, _, err = script(meanflow_td, "--dry-run")
     assert code == 2 and "--dry-run is for --data imagenet" in err
 

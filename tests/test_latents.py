@@ -583,7 +583,8 @@ def test_folder_draws_pixels(made, tmp_path):
 
 def test_an_empty_class_is_refused_wherever_labels_count(made, tmp_path):
     root = copied(made, tmp_path)
-    (root / "train" / ".hidden").mkdir()
+    (root / "train" / ".hidden" / "below").mkdir(parents=True)
+    shutil.copy(data.list_images(root / "train")[0], root / "train" / ".hidden" / "below" / "a.png")
     assert len(data.ImageFolder(root / "train", size=32)) == 12
     empty_class(root)
     with pytest.raises(data.BadInput, match="n01999999 holds no images, so labels would shift"):

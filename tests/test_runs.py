@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, broken, run_saving, tiny_teacher, without_times
+from test_evaluate import make_folder
 from PIL import Image
 
 import data
@@ -324,6 +325,40 @@ def test_settings_that_can_not_be_are_refused_before_the_folder_takes_them(tmp_p
     assert "a batch of 1 has no row with r < t" in said and not list(new.iterdir())
 
 
+def test_a_run_on_a_folder_is_of_that_folder(tmp_path, capsys):
+    for animal, seed in (("cats", 1), ("dogs", 2)):
+        make_folder(tmp_path / animal, 8, seed=seed)
+    few = ["--quick", "--data", "folder", "--teacher-steps", "1", "--td-steps", "1", "--batch", "4",
+           "--out", tmp_path / "run"]  # fmt: skip
+    meanflow_td.main([*map(str, few), "--data-dir", str(tmp_path / "cats")])
+    capsys.readouterr()
+    said = refuse(capsys, "meanflow_td.py", *few, "--data-dir", tmp_path / "dogs")
+    assert "data_dir = " in said and "name another with --out" in said
+
+
+class Mean:
+    """Stands in for the judge of glyphs."""
+
+    def __call__(self, images, labels):
+        return {"mean": images.mean().item()}
+
+    def fingerprint(self, labels):
+        return {}
+
+
+def test_rows_of_the_table_are_those_of_the_networks_that_are_there(tmp_path, begun):
+    run = meanflow_td.saved_run(begun, "cpu")
+    run.folder = data.RunFolder(tmp_path / "run", {})
+    judge = evaluate.RunJudge.__new__(evaluate.RunJudge)
+    judge.run, judge.rows, judge.spectra, judge.judge = run, [], {}, Mean()
+    net = run.network("student", two_times=True)
+    for value in (1.0, 2.0, 2.0):
+        torch.nn.init.constant_(next(net.parameters()), value)
+        judge.row("TD", lambda: (torch.full((2, 1, 16, 16), value), torch.zeros(2)), 2, net=net)
+        assert judge.rows[-1]["mean"] == value
+    judge.row("TD", None, 2, net=net)  # measured already
+
+
 def test_settings_that_are_not_given_are_those_of_the_run(begun):
     before = snapshot(begun)
     meanflow_td.main(["--quick", "--out", str(begun)])  # 60 and 30 updates in a new run, 1 in this one: it is finished
@@ -360,6 +395,10 @@ def test_other_folders_and_files_are_left_alone(tmp_path, capsys):
     ("dmd_refine.py", ["--lambda-td", "-1"], "'-1' is not a number above 0"),
     ("dmd_refine.py", ["--student-steps", "3"], "invalid choice: 3"),
     ("dmd_refine.py", ["--name", "td"], "'td' is not a name of letters"),
+    ("dmd_refine.py", ["--name", "TD"], "'TD' is not a name of letters"),
+    ("dmd_refine.py", ["--ablation", "--name", "foo"], "--ablation is of --data glyphs and --name hd"),
+    ("dmd_refine.py", ["--ablation", "--data", "folder", "--data-dir", "x"], "--ablation is of --data glyphs and"),
+    ("meanflow_td.py", ["--data", "folder", "--data-dir", "x", "--cfg-channels", "1"], "is of --data imagenet"),
     ("dmd_refine.py", ["--name", "a/b"], "'a/b' is not a name of letters"),
     ("dmd_refine.py", ["--device", "warp"], "--device warp can't be used here"),
     ("evaluate.py", ["--data", "glyphs", "--device", "warp"], "--device warp can't be used here"),
