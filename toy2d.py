@@ -52,7 +52,7 @@ POINTS = 5000  # samples kept for the pictures
 
 # `td_steps` + `refine_steps` updates is what every student gets, in whichever way it spends them.
 PLANS = {
-    "default": dict(widths=(24, 32, 48, 64, 128, 256), hd_width=64,
+    "default": dict(widths=(12, 16, 24, 32, 64, 128), hd_width=32,
                     teacher_steps=6000, td_steps=3000, refine_steps=3000,
                     unify_rounds=6, unify_widths=(24, 64, 128), samples=100_000, ode_steps=100),
     "quick": dict(widths=(8, 12, 16, 24, 48, 64), hd_width=16, teacher_steps=300, td_steps=100, refine_steps=100,
