@@ -48,6 +48,7 @@ except ImportError:  # Windows: nothing there keeps two processes from working i
     fcntl = None
 
 import matplotlib
+from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 import torch
@@ -1483,6 +1484,28 @@ def save_png(path, image):
     """Write one uint8 image (H, W, C)."""
     picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
     write_whole(path, lambda file: picture.save(file, "png"))
+
+
+# The colours of Okabe and Ito, which all eyes tell apart. In every picture HD is orange, TD blue and data black or grey.
+ORANGE, BLUE, GREY = "#d55e00", "#0072b2", "#777777"
+GREEN, *_ = OTHERS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+
+def new_figure(width, height, rows=1, columns=1, grid=True, **options):
+    """A figure of width x height inches, for a file and no window, and its axes as `Figure.subplots` gives them."""
+    figure = Figure(figsize=(width, height), constrained_layout=True)
+    axes = figure.subplots(rows, columns, **options)
+    for axis in figure.axes if grid else ():
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def save_figure(path, figure):
+    """Write a PNG of at most 128 colours: a third of the bytes, and no difference that one sees."""
+    whole = io.BytesIO()
+    figure.savefig(whole, dpi=100)
+    picture = Image.open(whole).convert("RGB").quantize(128)
+    write_whole(path, lambda file: picture.save(file, "PNG", optimize=True))
 
 
 def save_grid(path, images, columns, zoom=4):

@@ -46,14 +46,13 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
-from data import (PUBLISHED, Glyphs, alone, in_turn, positive_number, progress, rng, sentences, to_uint8, whole_number,
-                  world, write_json, write_whole)  # fmt: skip
+from data import (BLUE, GREEN, ORANGE, PUBLISHED, Glyphs, alone, in_turn, new_figure, positive_number, progress, rng,
+                  save_figure, sentences, to_uint8, whole_number, world, write_json)  # fmt: skip
 from evaluate import NAMES, evaluate_run
 from meanflow_td import PLANS as STAGE_1
 from meanflow_td import (LOOK_EVERY, TEACHERS, WRAPPERS, ImageRun, add_run_arguments, add_training_arguments, autocast,
@@ -376,8 +375,8 @@ def attention_weights(student, teacher, discriminator, eps, y, *, taps, t=0.3):
 
 def plot_attention(path, x_gen, weights, *, taps):
     """attention.png: generated images, and below each the weights over its tokens; 1 is an even share."""
-    figure = Figure(figsize=(1.3 * len(x_gen), 1.4 * (1 + len(weights))), constrained_layout=True)
-    axes = figure.subplots(1 + len(weights), len(x_gen))
+    rows, columns = 1 + len(weights), len(x_gen)
+    figure, axes = new_figure(1.3 * columns, 1.4 * rows, rows, columns, grid=False)
     for axis, image in zip(axes[0], to_uint8(x_gen)):
         axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
     for row, a, tap in zip(axes[1:], weights, taps):
@@ -390,7 +389,7 @@ def plot_attention(path, x_gen, weights, *, taps):
         figure.colorbar(shown, ax=list(row), label="weight / even share")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    save_figure(path, figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -516,32 +515,30 @@ def gradient_variance(run, seed, batches=32):
 def plot_ablation(path, rows, folder, w):
     """ablation.png: Frechet distance and recall of each variant and seed, and of the teacher with guidance w; error
     with and without TD."""
-    figure = Figure(figsize=(12, 4.2), constrained_layout=True)
-    axes = figure.subplots(1, 3)
+    figure, axes = new_figure(13, 4.4, columns=3)
     names = ["td", "scratch", "dmd-no-td", "dmd", "mean", "hd-no-td", "hd"]
     titles = {"td": "TD", **NAMES}
     for axis, measure in zip(axes, ("frechet", "recall")):
         for place, name in enumerate(names):
             values = [row[measure] for row in rows if row["what"] == titles[name] and row["nfe"] == 1]
-            axis.plot(values, [place] * len(values), "o", color="#d55e00" if name == "hd" else "#0072b2")
+            axis.plot(values, [place] * len(values), "o", color=ORANGE if name == "hd" else BLUE)
         # its last rows are of fewer images
         floors = [row[measure] for row in rows if row["what"] == "teacher, Heun" and row["w"] == w][:2]
         axis.axvline(min(floors) if measure == "frechet" else max(floors), color="black", ls="--", label="teacher")
         axis.set_yticks(range(len(names)), [titles[name] for name in names] if axis is axes[0] else [])
         axis.set_xlabel("Frechet distance (less is better)" if measure == "frechet" else "recall (more is better)")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=9)
     axes[0].set_xscale("log")
-    curves = ("td", "TD: the teacher's velocity", "#d55e00"), ("scratch-seed0", "on data, no teacher", "#0072b2")
+    axes[0].xaxis.set_minor_formatter("")  # else the numbers between the powers of ten overlap
+    curves = ("td", "TD: the teacher's velocity", BLUE), ("scratch-seed0", "on data, no teacher", GREEN)
     for name, label, colour in curves:
         state = folder.finished(name)
         if state is not None:
             axes[2].plot([row["step"] for row in state["rows"]], [row["raw_error"] for row in state["rows"]],
                          color=colour, label=label)  # fmt: skip
     axes[2].set(yscale="log", xlabel="update", ylabel="MeanFlow's squared error, unweighted")
-    axes[2].grid(alpha=0.3)
-    axes[2].legend(fontsize=8)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    axes[2].legend(fontsize=9)
+    save_figure(path, figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

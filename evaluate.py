@@ -37,7 +37,6 @@ import sys
 import time
 from typing import NamedTuple
 
-from matplotlib.figure import Figure
 import numpy as np
 import torch
 from torch import nn
@@ -941,27 +940,26 @@ def evaluate_run(run, count):
     return judge.rows
 
 
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for all eyes
-DASHES = ("-", "--", "-.", ":")
+DASHES = ("--", "-.", ":")
 
 
 def plot_spectrum(path, spectra):
-    """PNG of power spectra {name: (size/2 + 1,)}; the one named "data" is black. Shaded: what high_power is of."""
-    figure = Figure(figsize=(6.4, 4.4), constrained_layout=True)
-    axis, others = figure.add_subplot(), 0
+    """PNG of power spectra {name: (size/2 + 1,)}, each over the one named "data". Shaded: what high_power is of."""
+    figure, axis = data.new_figure(6.4, 4.4)
+    spectra = dict(spectra)
+    reference = spectra.pop("data")
+    cycles = np.arange(1, len(reference))  # without the mean, which is no detail
+    axis.axhline(1, color="black", lw=2.5, label="data")
+    axis.axvspan(len(reference) / 2, len(reference) - 1, color="black", alpha=0.07, lw=0, label="high_power")
+    known, others = {"TD": data.BLUE, NAMES["hd"]: data.ORANGE}, 0
     for name, spectrum in spectra.items():
-        cycles = np.arange(1, len(spectrum))  # without the mean, which is no detail
-        if name == "data":
-            axis.plot(cycles, spectrum[1:], color="black", lw=2.5, label=name)
-            axis.axvspan(len(spectrum) / 2, len(spectrum) - 1, color="black", alpha=0.07, lw=0, label="high_power")
-        else:
-            style = {"color": COLOURS[others % 6], "ls": DASHES[others // 6 % 4], "marker": "osD^v*"[others % 6]}
-            axis.plot(cycles, spectrum[1:], ms=4, label=name, **style)
-            others += 1
-    axis.set(yscale="log", xlabel="radial frequency (cycles per image)", ylabel="power")
-    axis.grid(alpha=0.3)
+        style = {"color": known.get(name) or data.OTHERS[others % 4], "ls": "-" if name in known else DASHES[others % 3],
+                 "marker": "o" if name in known else "sD^v*"[others % 5]}  # fmt: skip
+        others += name not in known
+        axis.plot(cycles, (spectrum / reference)[1:], ms=4, label=name, **style)
+    axis.set(xlabel="radial frequency (cycles per image)", ylabel="power, relative to data", ylim=(0, None))
     axis.legend(fontsize=9)
-    data.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    data.save_figure(path, figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,21 +25,15 @@ discriminator weighs are the teacher's hidden layers, not places: attention agai
 """
 
 import argparse
-import io
 import math
 from functools import partial
 
-import matplotlib
-
-matplotlib.use("Agg")  # pictures go to files: no window, no display needed
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image
 
 from awd import AdaptiveWeightedDiscriminator
-from data import (DENSITIES, RunFolder, alone, check_device, progress, rng, sentences, whole_number, write_json,
-                  write_whole)  # fmt: skip
+from data import (BLUE, DENSITIES, GREEN, GREY, ORANGE, RunFolder, alone, check_device, new_figure, progress, rng,
+                  save_figure, sentences, whole_number, write_json)  # fmt: skip
 from dmd_refine import refine
 from meanflow_td import (check_finite, flow_matching_loss, meanflow_target, new_network, sample, sample_euler,
                          sample_ode, student_objective, teacher_objective, train)  # fmt: skip
@@ -366,8 +360,6 @@ def unify(run, judge, plan, seed, device):
 # Pictures and tables
 # ---------------------------------------------------------------------------------------------------------------------
 
-ORANGE, BLUE, GREEN, GREY = "#d55e00", "#0072b2", "#009e73", "#777777"  # Okabe and Ito's colours for all eyes
-
 
 def mean_std(values):
     """The mean and the standard deviation of some numbers as text, 0.1230 +- 0.0040; of one number, the number."""
@@ -406,28 +398,18 @@ def draw_curve(axis, groups, names, key, **style):
     axis.errorbar(x, [np.mean(v) for v in values], spread, capsize=3, **style)
 
 
-def save(figure, path):
-    """Write a PNG of at most 128 colours: a third of the bytes, and no difference that one sees."""
-    whole = io.BytesIO()
-    figure.savefig(whole, dpi=100)
-    plt.close(figure)
-    picture = Image.open(whole).convert("RGB").quantize(128)
-    write_whole(path, lambda file: picture.save(file, "PNG", optimize=True))
-
-
 def style_axes(axis, ylabel, log=True):
     axis.set_xscale("log")
     axis.set_yscale("log" if log else "linear")
     axis.xaxis.set_minor_formatter("")  # else the numbers between the powers of ten overlap
     axis.set_xlabel("parameters of the student")
     axis.set_ylabel(ylabel)
-    axis.grid(alpha=0.3)
 
 
 def plot_bottleneck(path, results):
     """bottleneck.png: the quality of one step against the student's size, with the teacher as the floor."""
     groups = grouped(results, "story")
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), constrained_layout=True)
+    figure, axes = new_figure(13, 4.4, columns=3)
     panels = [("replay_error", "replay error\n(squared distance to the teacher's sample)", True),
               ("sliced_w2", "sliced Wasserstein-2 to the data", True),
               ("share_inside", "share of samples inside the support", False)]  # fmt: skip
@@ -446,31 +428,31 @@ def plot_bottleneck(path, results):
         style_axes(axis, label, log)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.suptitle("One-step students of one teacher, against their size")
-    save(figure, path)
+    save_figure(path, figure)
 
 
 def plot_story(path, panels):
     """story.png: panels {title: (points (n, 2), a colour or a number for each)}, on the same axes."""
-    figure, axes = plt.subplots(2, 4, figsize=(14, 7.4), constrained_layout=True, sharex=True, sharey=True)
+    figure, axes = new_figure(14, 7.4, rows=2, columns=4, grid=False, sharex=True, sharey=True)
     for axis, (title, (points, colour)) in zip(axes.flat, panels.items()):
         cmap = None if colour is GREY else "viridis"
         axis.scatter(*points.T, c=colour, cmap=cmap, s=1.5, lw=0)
         axis.set(title=title, xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal")
-    save(figure, path)
+    save_figure(path, figure)
 
 
 def plot_unified(path, results):
     """unified.png: how far three distillations of one teacher stay from the exact average velocity, by size."""
     groups = grouped(results, "unify")
-    figure, axis = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
+    figure, axis = new_figure(6, 4.2)
     for road, colour, marker in [("MeanFlow", BLUE, "o"), ("consistency", ORANGE, "s"), ("progressive", GREEN, "^")]:
         draw_curve(axis, groups, [road], "replay_error", color=colour, marker=marker, label=f"{road} distillation")
     teacher = [row["replay_error"] for row in results if row["what"] == "teacher"]
     axis.axhline(np.mean(teacher), color="black", ls="--", label="teacher at half against all of its steps")
     style_axes(axis, "squared distance of u(eps, 0, 1)\nfrom the exact average velocity")
     axis.set_title("Three distillations of one teacher, against the student's size")
-    axis.legend(fontsize=8)
-    save(figure, path)
+    axis.legend(fontsize=9)
+    save_figure(path, figure)
 
 
 def report(run, judge, plan, seed):
