@@ -1486,7 +1486,7 @@ def save_png(path, image):
     write_whole(path, lambda file: picture.save(file, "png"))
 
 
-# The colours of Okabe and Ito, which all eyes tell apart. In every picture HD is orange, TD blue and data black or grey.
+# The colours of Okabe and Ito, which all eyes tell apart. In every picture HD is orange, TD blue, data black or grey.
 ORANGE, BLUE, GREY = "#d55e00", "#0072b2", "#777777"
 GREEN, *_ = OTHERS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 

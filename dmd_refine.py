@@ -30,6 +30,7 @@ defaults of `refine`, found on seed 0 of the 2D toy, and PLANS, found on glyphs.
 """
 
 import argparse
+import itertools
 import math
 import os
 import re
@@ -57,10 +58,10 @@ from evaluate import NAMES, evaluate_run
 from meanflow_td import PLANS as STAGE_1
 from meanflow_td import (LOOK_EVERY, TEACHERS, WRAPPERS, ImageRun, add_run_arguments, add_training_arguments, autocast,
                          backward_in_parts, check_finite, check_section, check_training, count_clipped, draw_times,
-                         flow_matching_loss, generate, in_parts, is_whole, labelled, learning_rate, meanflow_loss,
-                         meanflow_target, missing_parts, new_network, open_run, pick, plan_name, sample, share_clipped,
-                         student_config, student_objective, teacher_kind, teacher_net, teacher_objective,
-                         teacher_weights)
+                         flow_matching_loss, generate, in_parts, is_whole, labelled, learning_rate, make_optimizers,
+                         meanflow_loss, meanflow_target, missing_parts, new_network, open_run, pick, plan_name, sample,
+                         share_clipped, student_config, student_objective, teacher_kind, teacher_net,
+                         teacher_objective, teacher_weights)
 from models import (DiT, DiTTeacher, Teacher, add_noise, autocast_off, dit_by_name, expand_times, frozen_copy,
                     normal_like, update_ema, x0_from_velocity)  # fmt: skip
 
@@ -189,9 +190,9 @@ def student_samples(student, eps, y, steps):
 
 
 def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, seed, stream, name, taps=(),
-           lambda_adv=0.1, lambda_td=0.0, student_steps=1, lr=3e-3, lr_fake=2e-3, lr_discriminator=1e-3,
-           fake_updates=2, clip=20.0, ema_decay=0.999, amp="off", accumulate=1, keep=None, look=None,
-           log_every=100):  # fmt: skip
+           lambda_adv=0.1, lambda_td=0.0, student_steps=1, lr=3e-3, lr_fake=2e-3, lr_muon=None,
+           lr_discriminator=1e-3, fake_updates=2, clip=20.0, ema_decay=0.999, amp="off", accumulate=1, keep=None,
+           look=None, log_every=100):  # fmt: skip
     """Train the student in place by L_G, with its helpers; return its average network (EMA) and rows for metrics.csv.
 
     student: two times, from stage 1 (or without it, for the control). teacher: frozen, see `generator_loss`. fake: a
@@ -200,28 +201,30 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     layers `taps` of the teacher, or None; trained in place. lambda_td: weight of stage 1's loss, kept on (with
     SHARE_SPANS). student_steps: 1, or 2 for a student that can do both. fake_updates: of the fake branch for each of
     the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2, since these networks learn fast). Learning rates
-    are peaks of Adam's. seed, stream, name, clip, ema_decay, amp, accumulate, keep: as in `meanflow_td.train`; the
-    discriminator's gradient in parts is that of a batch but for its spectral norms, which each pass brings a step
-    further; look(step, ema, fake). Raises data.Diverged when a loss, a gradient or a sample is not finite.
+    are peaks; lr_muon of student and fake branch, see `meanflow_td.make_optimizers`. seed, stream, name, clip,
+    ema_decay, amp, accumulate, keep: as in `meanflow_td.train`; the discriminator's gradient in parts is that of a
+    batch but for its spectral norms, which each pass brings a step further; look(step, ema, fake). Raises data.Diverged
+    when a loss, a gradient or a sample is not finite.
     """
     device = next(student.parameters()).device
-    # PRIOR: no momentum between players that chase each other (Brock et al., arXiv 1809.11096). OURS: 0.99
-    betas = (0.0, 0.99)
-    players = [(student, lr), (fake, lr_fake)] + ([] if discriminator is None else [(discriminator, lr_discriminator)])
-    optimizers = [torch.optim.Adam(net.parameters(), lr=peak, betas=betas, fused=True) for net, peak in players]
+    players = [student, fake] + ([] if discriminator is None else [discriminator])
+    # PRIOR: no momentum in Adam between players that chase each other (Brock et al., arXiv 1809.11096). OURS: 0.99
+    rates = zip(players, (lr, lr_fake, lr_discriminator), (lr_muon, lr_muon, None))
+    optimizers = [make_optimizers(*rate, betas=(0.0, 0.99)) for rate in rates]  # a list for each player
     ema, first, rows = frozen_copy(student), 0, []
-    parts = {"ema": ema} | {f"net{i}": net for i, (net, _) in enumerate(players)}
-    parts |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
+    parts = {"ema": ema} | {f"net{i}": net for i, net in enumerate(players)}
+    parts |= {f"optimizer{i}.{j}": one for i, own in enumerate(optimizers) for j, (one, _) in enumerate(own)}
     if keep is not None:
         first, rows = keep.restore(parts)
 
     def update(player, loss_of):
         """One step of one player by loss_of(rows) -> loss, terms; returns both, and the norm of its gradient."""
-        optimizers[player].zero_grad()
-        net, _ = players[player]
+        net = players[player]
+        net.zero_grad()
         loss, terms = backward_in_parts(net, batch, accumulate, loss_of, partial(autocast, device, amp))
         gradient = nn.utils.clip_grad_norm_(net.parameters(), clip)
-        optimizers[player].step()
+        for optimizer, _ in optimizers[player]:
+            optimizer.step()
         return loss, terms, gradient
 
     bar = progress(range(first, steps), name, initial=first, total=steps)
@@ -229,9 +232,8 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
         start = time.perf_counter()
         # --- training step ---
         generator = rng(seed, stream, step, device)
-        for optimizer, (_, peak) in zip(optimizers, players):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak)
+        for optimizer, peak in itertools.chain(*optimizers):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
         x_data, y = draw(batch, generator)  # (B, ...), (B,)
         terms = {}
         for _ in range(fake_updates):
@@ -276,11 +278,12 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
         told = generator_terms.pop("rows")
         check_finite(f"{name}, seed {seed}, step {step}", told, generator_terms.get("du_dt"), sample=told["error"],
                      **losses, gradient=gradient, **gradients)  # fmt: skip
-        count_clipped(optimizers[0], gradient, clip)
+        count_clipped(optimizers[0][0][0], gradient, clip)
         last = step == steps - 1
         if step % log_every == 0 or last:
             terms = {**losses, **terms, **generator_terms, "gradient": gradient}
-            values = {k: v.item() for k, v in terms.items()} | {"clipped": share_clipped(optimizers[0], step, rows)}
+            values = {name: value.item() for name, value in terms.items()}
+            values["clipped"] = share_clipped(optimizers[0][0][0], step, rows)
             seconds = round(time.perf_counter() - start, 4)
             rows.append({"network": name, "seed": seed, "step": step, **values, "seconds_per_step": seconds})
             bar.set_postfix(grad_dmd=f"{values['grad_dmd']:.3g}", refresh=False)
@@ -298,10 +301,12 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
 # The settings of one variant, under its name a section of the run folder's config.json.
 PLANS = {
     # OURS: all of it, found on glyphs.
-    "default": dict(steps=2000, batch=64, lr=1e-3, lr_fake=1e-3, lr_discriminator=5e-3, fake_updates=2, taps=(1, 3),
-                    pooling="attention", init="td", lambda_adv=0.03, lambda_td=0.0, student_steps=1, clip=10.0),
-    "quick": dict(steps=20, batch=32, lr=5e-4, lr_fake=5e-4, lr_discriminator=1e-3, fake_updates=2, taps=(0, 1),
-                  pooling="attention", init="td", lambda_adv=0.1, lambda_td=0.0, student_steps=1, clip=10.0),
+    "default": dict(steps=4000, batch=64, lr=1e-3, lr_fake=1e-3, lr_muon=5e-3, lr_discriminator=5e-3, fake_updates=2,
+                    taps=(1, 3), pooling="attention", init="td", lambda_adv=0.01, lambda_td=0.0, student_steps=1,
+                    clip=10.0),
+    "quick": dict(steps=20, batch=32, lr=5e-4, lr_fake=5e-4, lr_muon=5e-3, lr_discriminator=1e-3, fake_updates=2,
+                  taps=(0, 1), pooling="attention", init="td", lambda_adv=0.1, lambda_td=0.0, student_steps=1,
+                  clip=10.0),
     # PRIOR: lr, lr_fake, fake_updates and clip are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official code); the
     # batch is close to its 280. OURS: steps, lr_discriminator, lambda_adv, ema_decay, and the taps: four blocks, evenly
     # spread over the 28 of an XL/2. The paper tells none of them.

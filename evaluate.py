@@ -953,8 +953,8 @@ def plot_spectrum(path, spectra):
     axis.axvspan(len(reference) / 2, len(reference) - 1, color="black", alpha=0.07, lw=0, label="high_power")
     known, others = {"TD": data.BLUE, NAMES["hd"]: data.ORANGE}, 0
     for name, spectrum in spectra.items():
-        style = {"color": known.get(name) or data.OTHERS[others % 4], "ls": "-" if name in known else DASHES[others % 3],
-                 "marker": "o" if name in known else "sD^v*"[others % 5]}  # fmt: skip
+        style = {"color": known[name], "marker": "o"} if name in known else {
+            "color": data.OTHERS[others % 4], "ls": DASHES[others % 3], "marker": "sD^v*"[others % 5]}  # fmt: skip
         others += name not in known
         axis.plot(cycles, (spectrum / reference)[1:], ms=4, label=name, **style)
     axis.set(xlabel="radial frequency (cycles per image)", ylabel="power, relative to data", ylim=(0, None))

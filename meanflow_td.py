@@ -351,7 +351,7 @@ def student_objective(net, x_0, y, eps, generator, *, teacher=None, share_spans=
     return loss, {**terms, "raw_error": err.mean(), "v_error": err[r == t].mean(), "rows": told}
 
 
-def make_optimizers(net, lr, lr_muon=None):
+def make_optimizers(net, lr, lr_muon=None, betas=(0.9, 0.99)):
     """[(optimizer, its peak learning rate)] of all of net's parameters: Adam; Muon for a DiT's matrices, if lr_muon.
 
     Muon makes every singular value of a matrix's step alike, so that rare directions are learned as fast as common ones
@@ -363,7 +363,7 @@ def make_optimizers(net, lr, lr_muon=None):
     taken = set(map(id, matrices))
     others = [p for p in net.parameters() if id(p) not in taken]
     # OURS: 0.99, a memory of 100 steps; MeanFlow has 0.95. TD of the toy did not care (0.95, 0.99, 0.999, one seed)
-    optimizers = [(torch.optim.Adam(others, lr=lr, betas=(0.9, 0.99), fused=True), lr)]
+    optimizers = [(torch.optim.Adam(others, lr=lr, betas=betas, fused=True), lr)]
     if matrices:
         optimizers.append((torch.optim.Muon(matrices, lr=lr_muon, momentum=0.95, weight_decay=0.0), lr_muon))
     return optimizers

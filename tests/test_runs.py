@@ -130,7 +130,7 @@ FITS = {
     "teacher, labels": (meanflow_td, fit_teacher),
     "student, labels": (meanflow_td, fit_student),
     "teacher, points": (meanflow_td, fit_points),
-    "attention": (dmd_refine, refined()),
+    "attention": (dmd_refine, refined(lr_muon=1e-2)),
     "attention, points": (dmd_refine, refined(points=True)),
     "attention, 2 steps, TD": (dmd_refine, refined(student_steps=2, lambda_td=0.5, clip=1.0)),
     "mean, 2 steps": (dmd_refine, refined(pooling="mean", student_steps=2)),
@@ -150,8 +150,8 @@ def test_a_loop_that_goes_on_ends_with_the_same_bits(name, tmp_path, monkeypatch
     (meanflow_td, fit_teacher, ', "ema": ema, ', ', '),
     (meanflow_td, fit_teacher, 'for i, (optimizer, _) in enumerate(optimizers)}', 'for i, optimizer in []}'),
     (meanflow_td, fit_teacher, "keep.save(parts, step + 1, rows)", "keep.save(parts, step, rows)"),
-    (dmd_refine, fit_refined, 'for i, (net, _) in enumerate(players)}', 'for i, (net, _) in enumerate(players[:2])}'),
-    (dmd_refine, fit_refined, 'for i, optimizer in enumerate(optimizers)}', 'for i, optimizer in []}'),
+    (dmd_refine, fit_refined, 'for i, net in enumerate(players)}', 'for i, net in enumerate(players[:2])}'),
+    (dmd_refine, fit_refined, 'for i, own in enumerate(optimizers)', 'for i, own in []'),
     (dmd_refine, fit_refined, 'parts = {"ema": ema} | {', 'parts = {'),
 ])  # fmt: skip
 def test_a_part_that_is_not_kept_is_caught(module, fit, old, new, tmp_path, monkeypatch):
