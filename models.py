@@ -189,8 +189,9 @@ def autocast_off(x):
 # ---------------------------------------------------------------------------------------------------------------------
 # Forward mode. du/dt is one pass of dual numbers: every tensor on the way carries its tangent. Torch has a rule for
 # each operation, but three of its rules do much more than they need to; the ones below answer the same. A pass with a
-# tangent should cost two without: by these rules it costs 2.4, by torch's own 3.2 (33 M parameters, 256 tokens, one
-# core). Attention is a product of three things that all carry tangents, which alone is more than twice the work.
+# tangent should cost two without: by these rules it costs 2.4, by torch's own 3.2, and 3.5 by torch.func.jvp (33 M
+# parameters, 256 tokens, one core). Attention is a product of three things that all carry tangents, which alone is more
+# than twice the work.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
