@@ -135,9 +135,9 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, noise, t, *, lambda_a
     loss = dmd_loss(x_gen, grad)
     terms = {"grad_dmd": grad.flatten(1).norm(dim=1).mean()}
     if discriminator is not None:
-        with fixed(discriminator):
-            with autocast_off(x_gen):  # small, and bf16 would spoil the power iterations of its spectral norms
-                loss = loss + lambda_adv * generator_hinge(discriminator(features))
+        # small, and bf16 would spoil the power iterations of its spectral norms
+        with fixed(discriminator), autocast_off(x_gen):
+            loss = loss + lambda_adv * generator_hinge(discriminator(features))
     return loss, terms
 
 
