@@ -91,6 +91,17 @@ def test_a_command_is_understood(command, monkeypatch):
             importlib.import_module(words[1].removesuffix(".py")).main(words[2:])
 
 
+def test_the_evening_ends_where_the_readme_says():
+    ends = {"models.py": "Small tools for any network", "meanflow_td.py": "Runs on images",
+            "dmd_refine.py": "Runs on images", "awd.py": "", "toy2d.py": "Pictures and tables"}  # fmt: skip
+    lines = 0
+    for name, end in ends.items():
+        text = (ROOT / name).read_text()
+        assert f'"{end}"' in README or not end
+        lines += text[: text.index(f"\n# {end}\n") if end else None].count("\n")
+    assert 1200 < lines < 1400
+
+
 def test_commands_are_found():
     assert "python toy2d.py" in COMMANDS and "python -m pytest" in COMMANDS and len(COMMANDS) > 10
 
