@@ -1488,7 +1488,7 @@ def save_png(path, image):
 
 # The colours of Okabe and Ito, which all eyes tell apart. In every picture HD is orange, TD blue, data black or grey.
 ORANGE, BLUE, GREY = "#d55e00", "#0072b2", "#777777"
-GREEN, *_ = OTHERS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+GREEN, PINK, *_ = OTHERS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def new_figure(width, height, rows=1, columns=1, grid=True, **options):

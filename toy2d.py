@@ -32,8 +32,8 @@ import numpy as np
 import torch
 
 from awd import AdaptiveWeightedDiscriminator
-from data import (BLUE, DENSITIES, GREEN, GREY, ORANGE, RunFolder, alone, check_device, new_figure, progress, rng,
-                  save_figure, sentences, whole_number, write_json)  # fmt: skip
+from data import (BLUE, DENSITIES, GREEN, GREY, ORANGE, PINK, RunFolder, alone, check_device, new_figure, progress,
+                  rng, save_figure, sentences, whole_number, write_json)  # fmt: skip
 from dmd_refine import refine
 from meanflow_td import (check_finite, flow_matching_loss, meanflow_target, new_network, sample, sample_euler,
                          sample_ode, student_objective, teacher_objective, train)  # fmt: skip
@@ -448,7 +448,7 @@ def plot_unified(path, results):
     """unified.png: how far three distillations of one teacher stay from the exact average velocity, by size."""
     groups = grouped(results, "unify")
     figure, axis = new_figure(6, 4.2)
-    for road, colour, marker in [("MeanFlow", BLUE, "o"), ("consistency", ORANGE, "s"), ("progressive", GREEN, "^")]:
+    for road, colour, marker in [("MeanFlow", BLUE, "o"), ("consistency", PINK, "s"), ("progressive", GREEN, "^")]:
         draw_curve(axis, groups, [road], "replay_error", color=colour, marker=marker, label=f"{road} distillation")
     teacher = [row["replay_error"] for row in results if row["what"] == "teacher"]
     axis.axhline(np.mean(teacher), color="black", ls="--", label="teacher at half against all of its steps")
