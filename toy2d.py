@@ -4,8 +4,8 @@
     python toy2d.py --quick      all of it, small           python toy2d.py --unify       three methods, one function
 
 It leaves runs/toy2d/ with bottleneck.png, story.png, results.json and metrics.csv, and a table on the terminal. The
-same command again goes on where it was stopped, or only redraws. Measured on 2 cores of an AMD EPYC: 17 minutes for one
-seed, at most 5 for --unify, 20 seconds for --quick.
+same command again goes on where it was stopped, or only redraws. On 2 slow cores of an AMD EPYC: about 17 minutes for one
+seed (14 measured, the last two stages estimated), at most 5 for --unify, 20 seconds for --quick.
 
 1. A teacher learns the velocity field of a density by flow matching; Heun's method with 100 steps (200 calls) draws
    its samples.
