@@ -355,9 +355,9 @@ def make_optimizers(net, lr, lr_muon=None, betas=(0.9, 0.99)):
     """[(optimizer, its peak learning rate)] of all of net's parameters: Adam; Muon for a DiT's matrices, if lr_muon.
 
     Muon makes every singular value of a matrix's step alike, so that rare directions are learned as fast as common ones
-    (PRIOR: Jordan et al., https://kellerjordan.github.io/posts/muon). OURS: to use it for teacher and TD student of
-    glyphs. After 2,000 updates the teacher's v-loss on held-out glyphs was 0.217, with Adam at its best 0.239 (seed 0),
-    at 1.3 times the time.
+    (PRIOR: Jordan et al., https://kellerjordan.github.io/posts/muon). OURS: to use it on glyphs, for all networks but
+    the discriminator. After 2,000 updates the teacher's v-loss on held-out glyphs was 0.217, with Adam at its best
+    0.239 (seed 0), at 1.3 times the time.
     """
     matrices = [p for name, p in net.named_parameters() if "blocks." in name and p.ndim == 2 and lr_muon is not None]
     taken = set(map(id, matrices))

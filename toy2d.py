@@ -4,8 +4,8 @@
     python toy2d.py --quick      all of it, small           python toy2d.py --unify       three methods, one function
 
 It leaves runs/toy2d/ with bottleneck.png, story.png, results.json and metrics.csv, and a table on the terminal. The
-same command again goes on where it was stopped, or only redraws. On 2 slow cores of an AMD EPYC: about 17 minutes for one
-seed (14 measured, the last two stages estimated), at most 5 for --unify, 20 seconds for --quick.
+same command again goes on where it was stopped, or only redraws. On 2 slow cores of an AMD EPYC: about 17 minutes for
+one seed (14 measured, the last two stages estimated), at most 5 for --unify, 20 seconds for --quick.
 
 1. A teacher learns the velocity field of a density by flow matching; Heun's method with 100 steps (200 calls) draws
    its samples.
@@ -41,7 +41,7 @@ from models import VelocityMLP, add_noise, count_parameters, expand_times, froze
 
 TEACHER_WIDTH, TEACHER_DEPTH = 128, 3  # the depth is the number of hidden layers
 # OURS: shallow, so that their size is what limits them. Of three layers, a student of width 128 went on to gain with
-# every doubling of its updates (sliced W2 0.033, 0.026 and 0.021 after 6,000, 12,000 and 24,000; seed 0).
+# every doubling of its updates (sliced W2 0.033, 0.026 and 0.021 after 6,000, 12,000 and 24,000; seed 0, by hand).
 STUDENT_DEPTH = 1
 TAPS = (0, 1, 2)  # the teacher's hidden layers that the discriminator reads, one token each
 POINTS = 5000  # samples kept for the pictures
@@ -61,9 +61,9 @@ LR_TEACHER = 5e-3
 def td_rate(width):
     """Adam's peak learning rate for a TD student: in inverse proportion to its width, and at most the teacher's.
 
-    PRIOR: Yang et al., arXiv 2203.03466, for hidden layers; OURS: for all. OURS: the constant, found on seed 0 with
-    6,000 updates, by sliced W2: width 80 had 0.053 at 5e-3 and 0.059 at 3.2e-3; width 300 had 0.043 at 1e-3 and 0.046
-    at 3e-3. Other widths were not tried.
+    PRIOR: Yang et al., arXiv 2203.03466, for hidden layers; OURS: for all. OURS: the constant, found by hand on seed 0
+    with 6,000 updates, by sliced W2: width 80 had 0.053 at 5e-3 and 0.059 at 3.2e-3; width 300 had 0.043 at 1e-3 and
+    0.046 at 3e-3. Other widths were not tried.
     """
     return min(LR_TEACHER, 0.5 / width)
 

@@ -543,7 +543,8 @@ def test_every_kind_of_reference(tmp_path, fake):
     everything = {"FID-40", "sFID-40", "IS", "precision", "recall"}
     expected = {
         tmp_path / "adm.npz": everything, tmp_path / "pytorch_fid.npz": {"FID-40", "IS"},
-        tmp_path / "images.npz": everything, tmp_path / "spatial.npz": everything, tmp_path / "photos": everything, "glyphs": everything,
+        tmp_path / "images.npz": everything, tmp_path / "spatial.npz": everything, tmp_path / "photos": everything,
+        "glyphs": everything,
         glyph_run: everything, folder_run: everything,
     }  # fmt: skip
     common = ("--images", images, "--glyphs", 12, "--allow-small", "--out", out)

@@ -260,7 +260,8 @@ def poison(monkeypatch, module, name, at):
 
 
 @pytest.mark.parametrize("stage, at, known", [
-    ("teacher", 3, {"r", "t"}), ("td", 7, {"r", "t", "du_dt"}), ("hd-seed0", 3, {"t"}), ("seed0-teacher", 3, {"r", "t"})])
+    ("teacher", 3, {"r", "t"}), ("td", 7, {"r", "t", "du_dt"}), ("hd-seed0", 3, {"t"}),
+    ("seed0-teacher", 3, {"r", "t"})])  # fmt: skip
 def test_numbers_that_are_not_finite_stop_the_run_with_a_report(tmp_path, capsys, monkeypatch, each_step, whole, stage,
                                                                at, known):  # fmt: skip
     out, module, arguments = tmp_path / "run", meanflow_td, TEACHER

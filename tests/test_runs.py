@@ -336,6 +336,15 @@ def test_a_run_on_a_folder_is_of_that_folder(tmp_path, capsys):
     assert "data_dir = " in said and "name another with --out" in said
 
 
+def test_samples_of_two_teachers_are_not_taken_for_one_anothers(tmp_path, capsys, begun):
+    other = tmp_path / "other"
+    meanflow_td.main(["--quick", "--teacher-steps", "1", "--td-steps", "1", "--seed", "1", "--out", str(other)])
+    draw = ["--sample", "2", "--sampler", "heun", "--steps", "1", "--out", str(tmp_path / "samples"), "--checkpoint"]
+    evaluate.main([*draw, str(begun / "td.pt")])
+    capsys.readouterr()
+    assert "holds other samples (teacher = " in refuse(capsys, "evaluate.py", *draw, other / "td.pt")
+
+
 class Mean:
     """Stands in for the judge of glyphs."""
 
