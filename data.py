@@ -19,7 +19,8 @@ numbers, whatever ran before it. What a user hands over and nobody can use raise
 writes what LatentCache reads; cut off at any moment, the same command goes on.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 import argparse
 import csv
@@ -31,6 +32,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 from pathlib import Path
 import re
@@ -191,8 +193,79 @@ def sentences(parser, device=None):
 
 def progress(items, label, **options):
     """A tqdm bar over `items`, gone when done; a plain line now and then where nobody looks at a terminal."""
-    options |= {"desc": label, "leave": False, "mininterval": 0.2 if sys.stderr.isatty() else 30}
-    return tqdm(items, **options, disable=world()[0] > 0)
+    watched = sys.stderr.isatty()
+    options |= {"desc": label, "leave": False, "mininterval": 0.2 if watched else 30}
+    return tqdm(items, **options, position=LINE if watched else None, disable=world()[0] > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs side by side: networks as small as ours gain nothing from a second thread, but two of them train at once.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LINE = None  # of the terminal, below that of the process that began it, on which a worker draws its bars
+
+
+def begin_worker(lines, lock):
+    """In a new worker: one thread, a line of its own for its bars, and an end when the process that began it ends;
+    else the orphan and the next start of the same command would do the same job."""
+    global LINE
+    torch.set_num_threads(1)
+    with lines.get_lock():
+        lines.value += 1
+        LINE = lines.value
+    tqdm.set_lock(lock)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def side_by_side(work, jobs, workers, label, forgive=()):
+    """Call work(*job) for all jobs in `workers` processes of one thread each: the same bits however many there are.
+
+    jobs: {job: jobs that have to be done before it}, begun in this order as far as that allows. forgive: errors of a
+    job that are printed, while the others go on. What needs no second process is done in this one. Raises
+    ChildProcessError if a worker dies.
+    """
+    waiting, done, running, workers = dict(jobs), set(), {}, min(workers, len(jobs))
+    bar = progress(jobs, label)
+
+    def ready():
+        for job in [job for job, needs in waiting.items() if done.issuperset(needs)]:
+            del waiting[job]
+            yield job
+
+    def finish(job, result):
+        try:
+            result()
+        except forgive as error:
+            print(f"{error} It is missing from the table.")
+        done.add(job)
+        bar.update()
+
+    with bar:
+        if workers < 2:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                while waiting:
+                    for job in ready():
+                        finish(job, functools.partial(work, *job))
+            finally:
+                torch.set_num_threads(threads)
+            return
+        context = multiprocessing.get_context("spawn")  # a forked child would inherit half of torch's threads
+        tqdm.set_lock(context.RLock())
+        begin = begin_worker, (context.Value("i", 0), tqdm.get_lock())
+        with ProcessPoolExecutor(workers, context, *begin) as pool:
+            try:
+                while waiting or running:
+                    running |= {pool.submit(work, *job): job for job in ready()}
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        finish(running.pop(future), future.result)
+            except BrokenProcessPool:
+                raise ChildProcessError(f"a worker of {label} died (if memory was short: fewer --workers)") from None
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,11 +35,8 @@ import math
 import os
 import re
 import sys
-import threading
 import time
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -53,7 +50,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
 from data import (BLUE, GREEN, ORANGE, PUBLISHED, Glyphs, alone, in_turn, new_figure, positive_number, progress, rng,
-                  save_figure, sentences, to_uint8, whole_number, world, write_json)  # fmt: skip
+                  save_figure, sentences, side_by_side, to_uint8, whole_number, world, write_json)  # fmt: skip
 from evaluate import NAMES, evaluate_run
 from meanflow_td import PLANS as STAGE_1
 from meanflow_td import (LOOK_EVERY, TEACHERS, WRAPPERS, ImageRun, add_run_arguments, add_training_arguments, autocast,
@@ -418,8 +415,7 @@ def ablation_plan(plan, td):
 
 
 def ablation_job(args, name, seed):
-    """Train one variant with one seed, on one thread: the same bits however many jobs run side by side."""
-    torch.set_num_threads(1)
+    """Train one variant with one seed."""
     run = ImageRun(args, {})  # --ablation is for glyphs
     if name == "scratch":
         net = run.network("scratch", two_times=True, seed=seed)
@@ -428,30 +424,11 @@ def ablation_job(args, name, seed):
         refine_images(run, name, seed)
 
 
-def end_with_parent():
-    """For a worker: exit when its parent exits; else the orphan and the next start would train the same job."""
-    parent = torch.multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
 def ablation(args, run):
     """All variants and seeds, `args.workers` at a time; then the table, ablation.png and ablation.json."""
-    jobs = [(name, seed) for seed in range(args.seeds) for name in (*VARIANTS, "scratch")]
-    context = torch.multiprocessing.get_context("spawn")  # a forked child would inherit half of torch's threads
-    with ProcessPoolExecutor(args.workers, mp_context=context, initializer=end_with_parent) as pool:
-        try:
-            waiting = {pool.submit(ablation_job, args, *job): job for job in jobs}
-            for job in progress(as_completed(waiting), "ablation", total=len(jobs)):
-                name, seed = waiting[job]
-                try:
-                    job.result()
-                except FloatingPointError as error:  # a variant that diverges is a result
-                    print(f"{error} It is missing from the table.")
-        except BrokenProcessPool:
-            raise ChildProcessError("a worker of the ablation died (if memory was short: fewer --workers)") from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    jobs = {(name, seed): () for seed in range(args.seeds) for name in (*VARIANTS, "scratch")}
+    # a variant that diverges is a result
+    side_by_side(partial(ablation_job, args), jobs, args.workers, "the ablation", forgive=FloatingPointError)
     for state in run.folder.stages().values():
         run.folder.write_metrics(state.get("rows", []))
     rows = evaluate_run(run, args.count or (500 if args.quick else 5000))

@@ -4,8 +4,9 @@
     python toy2d.py --quick      all of it, small           python toy2d.py --unify       three methods, one function
 
 It leaves runs/toy2d/ with bottleneck.png, story.png, results.json and metrics.csv, and a table on the terminal. The
-same command again goes on where it was stopped, or only redraws. On 2 slow cores of an AMD EPYC: about 17 minutes for
-one seed (14 measured, the last two stages estimated), at most 5 for --unify, 20 seconds for --quick.
+same command again goes on where it was stopped, or only redraws. Two (or --workers) of its networks train side by side,
+on one thread each: with 2 slow cores of an AMD EPYC, NN minutes for one seed, NN for three, NN for --unify, 30 seconds
+for --quick.
 
 1. A teacher learns the velocity field of a density by flow matching; Heun's method with 100 steps (200 calls) draws
    its samples.
@@ -26,14 +27,15 @@ discriminator weighs are the teacher's hidden layers, not places: attention agai
 
 import argparse
 import math
-from functools import partial
+import os
+from functools import cache, partial
 
 import numpy as np
 import torch
 
 from awd import AdaptiveWeightedDiscriminator
 from data import (BLUE, DENSITIES, GREEN, GREY, ORANGE, PINK, RunFolder, alone, check_device, new_figure, progress,
-                  rng, save_figure, sentences, whole_number, write_json)  # fmt: skip
+                  rng, save_figure, sentences, side_by_side, whole_number, write_json)  # fmt: skip
 from dmd_refine import refine
 from meanflow_td import (check_finite, flow_matching_loss, meanflow_target, new_network, sample, sample_euler,
                          sample_ode, student_objective, teacher_objective, train)  # fmt: skip
@@ -97,7 +99,7 @@ def in_blocks(sampler, eps):
 
 
 class Judge:
-    """What all samples of one run are measured against: the data, one fixed noise, and the teacher's answer to it."""
+    """What all samples of one run are measured against: the data, and the one noise that they are made from."""
 
     def __init__(self, density, samples, device):
         self.density = density
@@ -105,10 +107,11 @@ class Judge:
         self.eps = torch.randn(samples, 2, generator=rng(0, "judge noise")).to(device)
         self.data = density.draw(samples, rng(0, "judge data")).to(device)
         self.projections = sorted_projections(self.data)
-        self.x_teacher = None  # (samples, 2), the many-step endpoint of every eps, once there is a teacher
 
-    def __call__(self, x, replay=True):
-        """The measures of samples x (samples, 2) that were made from self.eps, as a dict of numbers."""
+    def __call__(self, x, x_teacher=None):
+        """The measures of samples x (samples, 2) that were made from self.eps, as a dict of numbers.
+
+        x_teacher (samples, 2): the teacher's many-step endpoints of the same noise, for the replay error."""
         part = self.density.part(x)
         shares = torch.bincount(part[part >= 0], minlength=self.density.parts) / len(x)
         measures = {
@@ -117,9 +120,15 @@ class Judge:
             "smallest_part": shares.min().item(),
             "largest_part": shares.max().item(),
         }
-        if replay:
-            measures["replay_error"] = (x - self.x_teacher).square().sum(dim=1).mean().item()
+        if x_teacher is not None:
+            measures["replay_error"] = (x - x_teacher).square().sum(dim=1).mean().item()
         return measures
+
+
+@cache
+def judge_of(data, samples, device):
+    """The judge of a run, made once for all jobs of a process."""
+    return Judge(DENSITIES[data](), samples, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,10 +156,42 @@ def new_result(what, seed, *, part="story", width=0, parameters=0, updates=0, nf
 class Stages:
     """One seed's networks: each is trained, judged and kept in the run folder, or found there."""
 
-    def __init__(self, run, judge, seed):
-        self.run, self.judge, self.seed = run, judge, seed
+    def __init__(self, run, judge, plan, seed, device):
+        self.run, self.judge, self.plan, self.seed, self.device = run, judge, plan, seed, device
+        self.draw = partial(draw_points, judge.density)
+        self.x_teacher = None  # (samples, 2), the many-step endpoint of each of the judge's noises, see `teacher`
 
-    def __call__(self, name, what, net, fit, *, updates, sampler=sample, part="story"):
+    def fresh_data(self):
+        """Judge another draw of the data: how good a perfect sampler would look."""
+
+        def compute(keep):
+            x = self.judge.density.draw(len(self.judge.eps), rng(self.seed, "fresh data")).to(self.device)
+            return {"rows": [], "result": new_result("data against data", self.seed, **self.judge(x))}
+
+        self.run.stage(f"seed{self.seed}-data", compute)
+
+    def teacher(self):
+        """The teacher, whose endpoints become x_teacher (and at half the steps too: the floor of the replay error)."""
+        net = new_network(self.seed, "teacher", lambda: VelocityMLP(2, TEACHER_WIDTH, TEACHER_DEPTH)).to(self.device)
+
+        def compute(keep):
+            updates, steps = self.plan["teacher_steps"], self.plan["ode_steps"]
+            ema, rows = train(net, self.draw, teacher_objective, steps=updates, batch=TEACHER_BATCH, lr=LR_TEACHER,
+                              seed=self.seed, stream="teacher", name="teacher", keep=keep)  # fmt: skip
+            seconds = keep.seconds()
+            x, coarse = (in_blocks(partial(sample_ode, ema, steps=count), self.judge.eps)
+                         for count in (steps, steps // 2))  # fmt: skip
+            result = new_result("teacher", self.seed, width=TEACHER_WIDTH, parameters=count_parameters(net),
+                                updates=updates, nfe=2 * steps, seconds=seconds,
+                                **self.judge(x) | {"replay_error": self.judge(coarse, x)["replay_error"]})  # fmt: skip
+            return {"net": ema.state_dict(), "rows": rows, "result": result, "points": x.cpu()}
+
+        state = self.run.stage(f"seed{self.seed}-teacher", compute)
+        net.load_state_dict(state["net"])
+        self.x_teacher = state["points"].to(self.device)
+        return net.requires_grad_(False)
+
+    def student(self, name, what, net, fit, *, updates, sampler=sample, part="story"):
         """`net` with the average network's weights after fit(net, keep=keep) -> (ema, rows); its measures are kept."""
 
         def compute(keep):
@@ -158,90 +199,72 @@ class Stages:
             seconds = keep.seconds()
             x = in_blocks(partial(sampler, ema), self.judge.eps)
             result = new_result(what, self.seed, part=part, width=net.out.in_features, parameters=count_parameters(net),
-                                updates=updates, nfe=1, seconds=seconds, **self.judge(x))  # fmt: skip
+                                updates=updates, nfe=1, seconds=seconds, **self.judge(x, self.x_teacher))  # fmt: skip
             return {"net": ema.state_dict(), "rows": rows, "result": result, "points": x[:POINTS].cpu()}
 
         state = self.run.stage(f"seed{self.seed}-{name}", compute)
         net.load_state_dict(state["net"])
         return net.requires_grad_(False)
 
+    def distilled(self, name, what, width, updates):
+        """A student by TD."""
+        objective = partial(student_objective, teacher=self.teacher())
+        fit = partial(train, draw=self.draw, objective=objective, steps=updates, batch=BATCH, lr=td_rate(width),
+                      seed=self.seed, stream="td", name=name)  # fmt: skip
+        return self.student(name, what, student_network(self.seed, width, self.device), fit, updates=updates)
 
-def train_teacher(run, judge, plan, seed, device):
-    """The teacher, and its many-step endpoints for the judge (at half the steps too: the floor of the replay error)."""
-    net = new_network(seed, "teacher", lambda: VelocityMLP(2, TEACHER_WIDTH, TEACHER_DEPTH)).to(device)
+    def td_start(self):
+        """The student that stage 2 starts from."""
+        return self.distilled("td-start", "TD, first half only", self.plan["hd_width"], self.plan["td_steps"])
 
-    def compute(keep):
-        draw, updates, steps = partial(draw_points, judge.density), plan["teacher_steps"], plan["ode_steps"]
-        ema, rows = train(net, draw, teacher_objective, steps=updates, batch=TEACHER_BATCH, lr=LR_TEACHER, seed=seed,
-                          stream="teacher", name="teacher", keep=keep)  # fmt: skip
-        seconds = keep.seconds()
-        judge.x_teacher = in_blocks(partial(sample_ode, ema, steps=steps), judge.eps)
-        coarse = in_blocks(partial(sample_ode, ema, steps=steps // 2), judge.eps)
-        measures = judge(judge.x_teacher) | {"replay_error": judge(coarse)["replay_error"]}
-        result = new_result("teacher", seed, width=TEACHER_WIDTH, parameters=count_parameters(net), updates=updates,
-                            nfe=2 * steps, seconds=seconds, **measures)  # fmt: skip
-        return {"net": ema.state_dict(), "rows": rows, "result": result, "points": judge.x_teacher.cpu()}
-
-    state = run.stage(f"seed{seed}-teacher", compute)
-    net.load_state_dict(state["net"])
-    judge.x_teacher = state["points"].to(device)
-    return net.requires_grad_(False)
-
-
-def judge_fresh_data(run, judge, seed):
-    """A row for another draw of the data: how good a perfect sampler would look."""
-
-    def compute(keep):
-        x = judge.density.draw(len(judge.eps), rng(seed, "fresh data")).to(judge.eps.device)
-        return {"rows": [], "result": new_result("data against data", seed, **judge(x, replay=False))}
-
-    run.stage(f"seed{seed}-data", compute)
-
-
-def tell_story(run, judge, plan, seed, device, first=True):
-    """Teacher, bottleneck, refinement and controls for one seed; the results stay in the run folder.
-
-    first: this is the first of the seeds. It alone trains the largest student twice as long too, to see how much of its
-    gap is a matter of training.
-    """
-    judge_fresh_data(run, judge, seed)
-    teacher = train_teacher(run, judge, plan, seed, device)
-    stages = Stages(run, judge, seed)
-    td_steps, refine_steps = plan["td_steps"], plan["refine_steps"]
-    draw = partial(draw_points, judge.density)
-
-    def distill(name, what, width, steps):
-        fit = partial(train, draw=draw, objective=partial(student_objective, teacher=teacher), steps=steps, batch=BATCH,
-                      lr=td_rate(width), seed=seed, stream="td", name=name)  # fmt: skip
-        return stages(name, what, student_network(seed, width, device), fit, updates=steps)
-
-    # --- the bottleneck: every size gets the updates of both stages ---
-    for width in plan["widths"]:
-        distill(f"td-{width}", "TD", width, td_steps + refine_steps)
-    if first:
-        distill("td-largest-twice", "TD, trained twice as long", plan["widths"][-1], 2 * (td_steps + refine_steps))
-
-    # --- the way past it: half of the updates for each stage ---
-    hd_width = plan["hd_width"]
-    start = distill("td-start", "TD, first half only", hd_width, td_steps)
-
-    def refined(name, what, student, steps, updates, pooling=None):
+    def refined(self, name, what, *, td=True, pooling=None):
+        """A student by DMD; with a pooling, and an adversarial term; without TD, and as many more updates."""
+        teacher, steps = self.teacher(), self.plan["refine_steps"]
+        both = steps + self.plan["td_steps"]
+        net = frozen_copy(self.td_start()) if td else student_network(self.seed, self.plan["hd_width"], self.device)
         discriminator = None
         if pooling is not None:
             build = partial(AdaptiveWeightedDiscriminator, [TEACHER_WIDTH], pooling)
-            discriminator = new_network(seed, "discriminator", build).to(device)
+            discriminator = new_network(self.seed, "discriminator", build).to(self.device)
         fake = frozen_copy(teacher).requires_grad_(True)  # PAPER: the fake branch starts as the teacher
-        fit = partial(refine, teacher=teacher, fake=fake, draw=draw, discriminator=discriminator, steps=steps,
-                      batch=BATCH, seed=seed, stream="refine", name=name, taps=TAPS)  # fmt: skip
-        return stages(name, what, student.requires_grad_(True), fit, updates=updates)
+        fit = partial(refine, teacher=teacher, fake=fake, draw=self.draw, discriminator=discriminator,
+                      steps=steps if td else both, batch=BATCH, seed=self.seed, stream="refine", name=name,
+                      taps=TAPS)  # fmt: skip
+        return self.student(name, what, net.requires_grad_(True), fit, updates=both)
 
-    both = td_steps + refine_steps
-    refined("td-dmd", "TD + DMD", frozen_copy(start), refine_steps, both)
-    refined("hd", "HD: TD + DMD + AWD", frozen_copy(start), refine_steps, both, "attention")
-    refined("td-dmd-mean", "TD + DMD + GAN, mean pooling", frozen_copy(start), refine_steps, both, "mean")
+
+def story(stages, first=True):
+    """The story as {name of a stage: (names of those that it needs, what to call)}.
+
+    first: of the first of the seeds. It alone trains the largest student twice as long too, to see how much of its gap
+    is a matter of training.
+    """
+    plan = stages.plan
+    both = plan["td_steps"] + plan["refine_steps"]
+    jobs = {"data": ([], stages.fresh_data), "teacher": ([], stages.teacher)}
+
+    # --- the bottleneck: every size gets the updates of both stages ---
+    def distill(name, *how):
+        jobs[name] = ["teacher"], partial(stages.distilled, name, *how)
+
+    for width in plan["widths"]:
+        distill(f"td-{width}", "TD", width, both)
+    if first:
+        distill("td-largest-twice", "TD, trained twice as long", plan["widths"][-1], 2 * both)
+
+    # --- the way past it: half of the updates for each stage ---
+    def refine_by(name, what, td=True, pooling=None):
+        needs = ["teacher"] + ["td-start"] * td
+        jobs[name] = needs, partial(stages.refined, name, what, td=td, pooling=pooling)
+
+    jobs["td-start"] = ["teacher"], stages.td_start
+    refine_by("td-dmd", "TD + DMD")
+    refine_by("hd", "HD: TD + DMD + AWD", pooling="attention")
+    refine_by("td-dmd-mean", "TD + DMD + GAN, mean pooling", pooling="mean")
     # --- the controls: no TD, the updates of both stages ---
-    refined("dmd", "DMD, no TD", student_network(seed, hd_width, device), both, both)
-    refined("dmd-awd", "DMD + AWD, no TD", student_network(seed, hd_width, device), both, both, "attention")
+    refine_by("dmd", "DMD, no TD", td=False)
+    refine_by("dmd-awd", "DMD + AWD, no TD", td=False, pooling="attention")
+    return jobs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,8 +344,42 @@ def distill_progressively(net, draw, *, teacher, rounds, steps, name, keep, **se
     return previous, rows
 
 
-def unify(run, judge, plan, seed, device):
-    """Consistency, progressive and MeanFlow distillation of one teacher: same widths, updates, rates and weighting.
+ROADS = ("MeanFlow", "consistency", "progressive")
+
+
+def take_road(stages, road, width):
+    """A student of this width by one of ROADS: same updates, rates and weighting of the loss."""
+    teacher, rounds, updates = stages.teacher(), stages.plan["unify_rounds"], stages.plan["td_steps"]
+    name, sampler = f"unify-{road}-{width}", sample_euler
+    if road == "MeanFlow":
+        net, sampler = student_network(stages.seed, width, stages.device), sample
+        fit = partial(train, objective=partial(student_objective, teacher=teacher))
+    else:
+        build = partial(VelocityMLP, 2, width, STUDENT_DEPTH)
+        net = new_network(stages.seed, f"student {width}", build).to(stages.device)
+        fit = partial(train, objective=partial(consistency_objective, teacher=teacher))
+        if road == "progressive":
+            fit = partial(distill_progressively, teacher=teacher, rounds=rounds)
+    fit = partial(fit, draw=stages.draw, lr=td_rate(width), steps=updates, batch=BATCH, seed=stages.seed,
+                  stream="unify", name=name)  # fmt: skip
+    stages.student(name, road, net, fit, updates=updates, sampler=sampler, part="unify")
+
+
+def judge_euler(stages):
+    """Where progressive distillation starts: the teacher's 2^rounds Euler steps."""
+
+    def compute(keep):
+        teacher, calls = stages.teacher(), 2 ** stages.plan["unify_rounds"]
+        x = in_blocks(partial(sample_euler, teacher, steps=calls), stages.judge.eps)
+        result = new_result(f"the teacher's {calls} Euler steps", stages.seed, part="unify", nfe=calls,
+                            **stages.judge(x, stages.x_teacher))  # fmt: skip
+        return {"rows": [], "result": result}
+
+    stages.run.stage(f"seed{stages.seed}-unify-euler", compute)
+
+
+def unify(stages):
+    """Consistency, progressive and MeanFlow distillation of one teacher, at several widths; jobs as those of `story`.
 
     The question: u(eps, 0, 1). The exact answer: (eps - x_0) / 1, with x_0 the end of the teacher's ODE. The distance
     between the two is the replay error of one step.
@@ -331,32 +388,11 @@ def unify(run, judge, plan, seed, device):
     distillation's updates are shared by its rounds, each with a warm-up, and its target is 2^rounds Euler steps of the
     teacher, whose own distance gets a row.
     """
-    teacher = train_teacher(run, judge, plan, seed, device)
-    stages = Stages(run, judge, seed)
-    updates, calls = plan["td_steps"], 2 ** plan["unify_rounds"]
-    settings = dict(steps=updates, batch=BATCH, seed=seed, stream="unify")
-
-    def euler(keep):
-        x = in_blocks(partial(sample_euler, teacher, steps=calls), judge.eps)
-        result = new_result(f"the teacher's {calls} Euler steps", seed, part="unify", nfe=calls, **judge(x))
-        return {"rows": [], "result": result}
-
-    run.stage(f"seed{seed}-unify-euler", euler)
-
-    for width in plan["unify_widths"]:
-        one_time = partial(new_network, seed, f"student {width}", partial(VelocityMLP, 2, width, STUDENT_DEPTH))
-        roads = {
-            "MeanFlow": (student_network(seed, width, device), sample,
-                         partial(train, objective=partial(student_objective, teacher=teacher))),
-            "consistency": (one_time().to(device), sample_euler,
-                            partial(train, objective=partial(consistency_objective, teacher=teacher))),
-            "progressive": (one_time().to(device), sample_euler,
-                            partial(distill_progressively, teacher=teacher, rounds=plan["unify_rounds"])),
-        }  # fmt: skip
-        for road, (net, sampler, fit) in roads.items():
-            name = f"unify-{road}-{width}"
-            fit = partial(fit, draw=partial(draw_points, judge.density), lr=td_rate(width), name=name, **settings)
-            stages(name, road, net, fit, updates=updates, sampler=sampler, part="unify")
+    jobs = {"teacher": ([], stages.teacher), "unify-euler": (["teacher"], partial(judge_euler, stages))}
+    for width in stages.plan["unify_widths"]:
+        for road in ROADS:
+            jobs[f"unify-{road}-{width}"] = ["teacher"], partial(take_road, stages, road, width)
+    return jobs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -458,9 +494,13 @@ def plot_unified(path, results):
     save_figure(path, figure)
 
 
-def report(run, judge, plan, seed):
+def report(stages):
     """Results, metrics, pictures and tables of all that the run folder holds; the story's picture is of one seed."""
+    run, judge, plan, seed = stages.run, stages.judge, stages.plan, stages.seed
+    told = [*story(stages), *unify(stages)]  # in this order
     states = {name: state for name, state in run.stages().items() if "result" in state}
+    states = dict(sorted(states.items(), key=lambda item: (
+        item[1]["result"]["seed"], told.index(item[0].split("-", 1)[1]))))  # fmt: skip
     results = [state["result"] for state in states.values()]
     write_json(run.path / "results.json", results)
     run.write_metrics([row for state in states.values() for row in state["rows"]])
@@ -498,6 +538,8 @@ def parse_arguments(arguments):
     parser.add_argument("--seed", type=whole_number(0), default=0, help="the first of them (default: %(default)s)")
     parser.add_argument("--out", help="run folder (default: runs/toy2d, and for other data or plans runs/toy2d-...)")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: %(default)s)")
+    parser.add_argument("--workers", type=whole_number(1, 64), default=min(4, os.cpu_count()),
+                        help="stages side by side, on one thread each (default: %(default)s)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="everything, small: to see that it works, not how well")
     parser.add_argument("--unify", action="store_true",
                         help="not the story, but three distillation methods side by side")  # fmt: skip
@@ -518,23 +560,38 @@ def configuration(data, plan):
                       "lr_td": {width: td_rate(width) for width in plan["widths"]}}}  # fmt: skip
 
 
+def stages_of(args, plan, seed):
+    """One seed's stages, and its jobs: the story's or those of --unify."""
+    run, device = RunFolder(args.out, configuration(args.data, plan)), torch.device(args.device)
+    stages = Stages(run, judge_of(args.data, plan["samples"], device), plan, seed, device)
+    return stages, unify(stages) if args.unify else story(stages, first=seed == args.seed)
+
+
+def work(args, plan, seed, name):
+    """Do one job, in whatever process."""
+    _, jobs = stages_of(args, plan, seed)
+    jobs[name][1]()
+
+
 def main(arguments=None):
     parser, args = parse_arguments(arguments)
     plan = dict(PLANS["quick" if args.quick else "default"])
     given = {f"{name}_steps": getattr(args, f"{name}_steps") for name in ("teacher", "td", "refine")}
     plan |= {key: steps for key, steps in given.items() if steps is not None}
     name = "-".join(["toy2d"] + [args.data] * (args.data != "checkerboard") + ["quick"] * args.quick)
+    args.out = args.out or f"runs/{name}"
     with sentences(parser) as held:
-        run = RunFolder(args.out or f"runs/{name}", configuration(args.data, plan))
+        run = RunFolder(args.out, configuration(args.data, plan))
         held.enter_context(alone(run.path))
-        device = torch.device(args.device)
+        finished, waiting = run.stages(), {}
         for seed in range(args.seed, args.seed + args.seeds):
-            judge = Judge(DENSITIES[args.data](), plan["samples"], device)
-            if args.unify:
-                unify(run, judge, plan, seed, device)
-            else:
-                tell_story(run, judge, plan, seed, device, first=seed == args.seed)
-        report(run, judge, plan, args.seed)
+            stages, jobs = stages_of(args, plan, seed)
+            names = [name for name in jobs if f"seed{seed}-{name}" not in finished]
+            # the last first, for they take longest
+            waiting |= {(seed, name): [(seed, needed) for needed in jobs[name][0] if needed in names]
+                        for name in reversed(names)}  # fmt: skip
+        side_by_side(partial(work, args, plan), waiting, args.workers, parser.prog)
+        report(stages_of(args, plan, args.seed)[0])
 
 
 if __name__ == "__main__":

@@ -234,8 +234,9 @@ def test_a_dead_worker_of_the_ablation_gets_one_sentence(tmp_path, capsys, monke
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     monkeypatch.setattr(dmd_refine, "ablation_job", die)
-    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda kind: multiprocessing.get_context("fork"))
-    assert end(dmd_refine, "--quick", "--ablation", "--seeds", 1, "--workers", 1, "--out", out) == 2
+    fork = multiprocessing.get_context("fork")  # so that workers know of `die`
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    assert end(dmd_refine, "--quick", "--ablation", "--seeds", 1, "--workers", 2, "--out", out) == 2
     said(capsys, "a worker of the ablation died (if memory was short: fewer --workers); what was saved is kept")
     assert equal(weights(out, "td"), weights(whole, "td"))
 
@@ -269,7 +270,7 @@ def test_numbers_that_are_not_finite_stop_the_run_with_a_report(tmp_path, capsys
         shutil.copytree(whole, out)
         module, arguments = dmd_refine, ["--quick", "--refine-steps", "4"]
     if stage == "seed0-teacher":
-        module, arguments = toy2d, ["--quick", "--teacher-steps", "4"]
+        module, arguments = toy2d, ["--quick", "--teacher-steps", "4", "--workers", "1"]
     with monkeypatch.context() as patch:
         poison(patch, *((toy2d, "draw_points") if module is toy2d else (data.Glyphs, "draw")), at)
         assert end(module, *arguments, "--out", out) == 3

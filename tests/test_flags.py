@@ -75,11 +75,11 @@ FLAGS = {
         "--checkpoint": ("--sample 2 --out A", "--sample 2 --out A --checkpoint BEGUN/td.pt"),
         "--speed-up": ("--checkpoint BEGUN --sample 2 --out A", "--checkpoint BEGUN --sample 2 --out A --speed-up"),
     }),
-    "toy2d": ("--quick", {
+    "toy2d": ("--quick --workers 1", {
         "--data": ("", "--data rings"), "--seeds": ("", "--seeds 2"), "--seed": ("", "--seed 4"),
         "--out": ("", "--out B"), "--device": ("", "--device warp"), "--quick": ("", "NO_--quick"),
         "--unify": ("", "--unify"), "--teacher-steps": ("", "--teacher-steps 7"), "--td-steps": ("", "--td-steps 7"),
-        "--refine-steps": ("", "--refine-steps 7"),
+        "--refine-steps": ("", "--refine-steps 7"), "--workers": ("", "--workers 2"),
     }),
     "data": ("--encode --data-dir IMAGES --vae vae.pt --cache A", {
         "--encode": ("", "NO_--encode"), "--data-dir": ("", "--data-dir OTHERS"), "--cache": ("", "--cache B"),
@@ -160,7 +160,7 @@ class Recorder:
         self.note("refine", student, teacher, pooling, settings)
         return student.requires_grad_(False), []
 
-    def pool(self, workers, **options):
+    def pool(self, workers, *options):
         """A ProcessPoolExecutor that does nothing."""
 
         def submit(job, *arguments):
@@ -182,7 +182,7 @@ def recorded(monkeypatch, fake):  # noqa: F811
     monkeypatch.setattr(dmd_refine, "refine", recorder.refine)
     monkeypatch.setattr(dmd_refine, "bench", lambda args: recorder.note("bench", args.batch))
     monkeypatch.setattr(dmd_refine, "plot_attention", lambda *_, **__: None)
-    monkeypatch.setattr(dmd_refine, "ProcessPoolExecutor", recorder.pool)
+    monkeypatch.setattr(data, "ProcessPoolExecutor", recorder.pool)
     monkeypatch.setattr(dmd_refine, "evaluate_run", lambda run, count: recorder.note("evaluate_run", count) or [])
     monkeypatch.setattr(dmd_refine, "gradient_variance", lambda run, seed: {"seed": seed, "data": 2.0, "teacher": 1.0})
     monkeypatch.setattr(dmd_refine, "plot_ablation", lambda *_: None)

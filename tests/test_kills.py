@@ -4,6 +4,7 @@ The processes are real ones, but all are forked from one that has imported torch
 save themselves at each step: so that dozens of kills take a minute.
 """
 
+import contextlib
 import csv
 import multiprocessing
 import os
@@ -40,7 +41,8 @@ def work(script, arguments, last, written):
     toy2d.PLANS["quick"] = TOY
     train_classifier, write_whole = evaluate.train_classifier, data.write_whole
     evaluate.train_classifier = lambda size: train_classifier(size, steps=3, batch=16)
-    torch.multiprocessing.get_context = lambda kind: multiprocessing.get_context("fork")  # workers do as we do here
+    fork = multiprocessing.get_context("fork")  # workers do as we do here
+    multiprocessing.get_context = lambda kind: fork
 
     def counted(path, write):
         written.value += 1
@@ -99,7 +101,12 @@ def kill(fork, dice, times, total, *arguments):
             break
         assert process.exitcode == -signal.SIGKILL
         before, kills = moment, kills + 1
-        time.sleep(0.3 if "--ablation" in arguments[1] else 0)  # forked workers share their dead parent's lock
+        folder, deadline = arguments[1][-1], time.monotonic() + 30
+        # forked workers share their dead parent's lock
+        while "--workers" in arguments[1] and folder.exists() and time.monotonic() < deadline:
+            with contextlib.suppress(data.BadInput), data.alone(folder):
+                break
+            time.sleep(0.01)
     left_alone(fork, *arguments)
     return kills
 
@@ -134,10 +141,10 @@ def test_dozens_of_kills_change_nothing(fork, tmp_path):
     commands = [  # script, flags, kills
         ("meanflow_td", "--teacher-steps 4 --td-steps 4", 6),
         ("dmd_refine", "--name two --refine-steps 3 --student-steps 2 --lambda-td 1", 3),
-        ("dmd_refine", "--ablation --refine-steps 2 --seeds 1 --workers 1 --count 100", 5),
+        ("dmd_refine", "--ablation --refine-steps 2 --seeds 1 --workers 2 --count 100", 5),
         ("evaluate", "--data glyphs --count 110", 3),
     ]
-    for chain in (commands, [("toy2d", "", 4), ("toy2d", "--unify", 2)]):
+    for chain in (commands, [("toy2d", "--workers 2", 4), ("toy2d", "--workers 1 --unify", 2)]):
         name = chain[0][0]
         folders = {who: (tmp_path / f"{name}-{who}", tmp_path / f"{name}-{who}-last") for who in ("whole", "killed")}
         for _, last in folders.values():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -204,6 +205,34 @@ def test_a_finished_stage_leaves_no_unfinished_file(tmp_path, monkeypatch):
 
     run.stage("stage", compute)
     assert sorted(path.name for path in run.path.iterdir()) == ["config.json", "metrics.csv", "stage.pt"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs side by side
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def note(folder, name, needs=()):
+    """A job: fails if what it needs is not done, else leaves the number of its threads and its process."""
+    assert all((folder / one).exists() for one in needs), name
+    if name == "diverges":
+        raise data.Diverged("loss is nan.")
+    (folder / name).write_text(f"{torch.get_num_threads()} {os.getpid()}")
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_jobs_wait_for_what_they_need_and_have_one_thread_each(workers, tmp_path, capfd):
+    jobs = {(tmp_path, "last", ("middle", "other")): {(tmp_path, "middle", ("first",)), (tmp_path, "other")},
+            (tmp_path, "middle", ("first",)): {(tmp_path, "first")}, (tmp_path, "diverges"): (),
+            (tmp_path, "first"): (), (tmp_path, "other"): ()}  # fmt: skip
+    threads = torch.get_num_threads()
+    data.side_by_side(note, jobs, workers, "jobs", forgive=FloatingPointError)
+    told = {path.name: path.read_text().split() for path in tmp_path.iterdir()}
+    assert told.keys() == {"first", "middle", "other", "last"} and {count for count, _ in told.values()} == {"1"}
+    assert (workers == 1) == (os.getpid() in {int(process) for _, process in told.values()})
+    assert torch.get_num_threads() == threads and "loss is nan. It is missing" in capfd.readouterr().out
+    with pytest.raises(FloatingPointError):
+        data.side_by_side(note, {(tmp_path, "diverges"): (), (tmp_path, "other"): ()}, workers, "jobs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

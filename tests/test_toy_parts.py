@@ -153,10 +153,9 @@ def test_sliced_w2_of_shifted_and_stretched_points():
 
 def test_the_judge_knows_its_data_and_its_teacher():
     judge = toy2d.Judge(DENSITIES["checkerboard"](), 4000, torch.device("cpu"))
-    judge.x_teacher = judge.data
-    verdict = judge(judge.data)
+    verdict = judge(judge.data, judge.data)
     assert verdict["share_inside"] == 1 and verdict["sliced_w2"] == 0 and verdict["replay_error"] == 0
-    off = judge(judge.data + torch.tensor([1.0, 0.0]))  # one square to the right: off the board, all of it
+    off = judge(judge.data + torch.tensor([1.0, 0.0]), judge.data)  # one square to the right: off the board, all of it
     assert off["share_inside"] == 0 and off["largest_part"] == 0 and off["replay_error"] == pytest.approx(1, rel=1e-4)
     one_part = judge.data.clone()
     one_part[:] = torch.tensor([-1.5, -1.5])
