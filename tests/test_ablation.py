@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -68,6 +69,55 @@ def test_rows_are_told_apart_by_their_spread_and_one_seed_tells_nothing():
 def test_a_broken_comparison_is_caught(change):
     with pytest.raises(AssertionError):
         check_verdicts(broken(dmd_refine, change))
+
+
+# --- The variance of the gradient, and the picture -------------------------------------------------------------------
+
+
+def check_variance(module):
+    """Of one image, and no other, the teacher's velocity IS eps - x_0, so that both have one variance; a guided teacher
+    or another sign has not."""
+    student = student_from_teacher(tiny_teacher(1).net).requires_grad_(True)
+
+    def teacher(x_t, *, t, y):
+        return (x_t - 0.5) / t.view(-1, 1, 1, 1)
+
+    def draw(batch, generator):
+        return torch.full((batch, 1, 8, 8), 0.5), torch.randint(3, (batch,), generator=generator)
+
+    nets = {"teacher": teacher, "td": type(tiny_teacher(0))(student)}
+    run = types.SimpleNamespace(load=lambda name, two_times=False: nets[name], plan={"td": dict(batch=4, w=2.0)},
+                                device=torch.device("cpu"), source=types.SimpleNamespace(draw=draw),
+                                load_teacher=lambda: lambda *_, **__: 1 / 0)  # fmt: skip
+    variance = module.gradient_variance(run, 0, batches=3)
+    assert variance["data"] > 0 and variance["teacher"] == pytest.approx(variance["data"], rel=1e-3)
+
+
+def test_where_the_teacher_knows_the_image_both_gradients_vary_alike():
+    check_variance(dmd_refine)
+
+
+@pytest.mark.parametrize("change", [
+    ("else eps - x_0\n            loss, _", "else x_0 - eps\n            loss, _"),
+    ('teacher, variance = run.load("teacher")', "teacher, variance = run.load_teacher()"),
+    ('rng(seed, "gradient variance", k', "rng(seed, source, k")])  # fmt: skip
+def test_a_broken_variance_is_caught(change):
+    with pytest.raises((AssertionError, ZeroDivisionError)):
+        check_variance(broken(dmd_refine, change))
+
+
+def test_the_picture_has_the_teacher_of_the_runs_guidance(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(dmd_refine, "save_figure", lambda path, figure: figures.append(figure))
+    rows = rows_of(hd=(0.1, 0.2), dmd=(0.3, 0.4))
+    rows += [{"what": "teacher, Heun", "nfe": nfe, "w": w, "frechet": frechet, "recall": 1 - frechet}
+             for nfe, w, frechet in [(50, 1.25, 0.07), (100, 1.25, 0.06), (50, 1.0, 0.01), (50, 1.25, 0.02)]]
+    folder = types.SimpleNamespace(finished=lambda name: None)
+    dmd_refine.plot_ablation(tmp_path / "a.png", rows, folder, 1.25)
+    frechet, recall, _ = figures[0].axes
+    teacher = {axis: [line.get_xdata()[0] for line in axis.lines if line.get_label() == "teacher"]
+               for axis in (frechet, recall)}  # fmt: skip
+    assert teacher == {frechet: [0.06], recall: [0.94]}
 
 
 # --- Where the discriminator looks -----------------------------------------------------------------------------------
