@@ -19,7 +19,7 @@ numbers, whatever ran before it. What a user hands over and nobody can use raise
 writes what LatentCache reads; cut off at any moment, the same command goes on.
 """
 
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 import argparse
@@ -185,8 +185,8 @@ def sentences(parser, device=None):
     except (MemoryError, RuntimeError) as error:  # torch's CPU has no error of its own for it
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
-        leave(2, f"{parser.prog}: out of memory ({in_short(error)}). Fewer rows at once take less: a lower --batch or, "
-                 "where there is one, a higher --accumulate; what was saved is kept\n")  # fmt: skip
+        leave(2, f"{parser.prog}: out of memory ({in_short(error)}). Less is taken, where there are such flags, by "
+                 "a lower --batch, a higher --accumulate and fewer --workers; what was saved is kept\n")  # fmt: skip
     except KeyboardInterrupt:
         leave(130, f"\n{parser.prog}: stopped; the same command goes on from where it last saved\n")
 
@@ -206,66 +206,77 @@ LINE = None  # of the terminal, below that of the process that began it, on whic
 
 
 def begin_worker(lines, lock):
-    """In a new worker: one thread, a line of its own for its bars, and an end when the process that began it ends;
-    else the orphan and the next start of the same command would do the same job."""
+    """In a new worker: one thread, a line of its own for its bars, patience with Ctrl-C also where it has nothing to
+    do, and an end when the process that began it ends; else the orphan and the next start of the same command would do
+    the same job."""
     global LINE
     torch.set_num_threads(1)
     with lines.get_lock():
         lines.value += 1
         LINE = lines.value
     tqdm.set_lock(lock)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, Patience.note)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+def call_here(work, *job):
+    """A pool's submit without a pool: the job is done in this process before its future is returned."""
+    future = Future()
+    try:
+        future.set_result(work(*job))
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+@contextmanager
+def pool(workers):
+    """Yields submit(work, *job) -> future, of `workers` new processes of one thread each; of one, this process."""
+    if workers == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield call_here
+        finally:
+            torch.set_num_threads(threads)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked child would inherit half of torch's threads
+    tqdm.set_lock(context.RLock())  # one terminal, drawn on by all
+    with ProcessPoolExecutor(workers, context, begin_worker, (context.Value("i", 0), tqdm.get_lock())) as processes:
+        yield processes.submit
+
+
 def side_by_side(work, jobs, workers, label, forgive=()):
-    """Call work(*job) for all jobs in `workers` processes of one thread each: the same bits however many there are.
+    """Call work(*job) for all jobs, `workers` at a time: the same bits however many there are.
 
     jobs: {job: jobs that have to be done before it}, begun in this order as far as that allows. forgive: errors of a
-    job that are printed, while the others go on. What needs no second process is done in this one. Raises
+    job that are printed, while the others go on; any other ends all, once the jobs that have begun are done. Raises
     ChildProcessError if a worker dies.
     """
     waiting, done, running, workers = dict(jobs), set(), {}, min(workers, len(jobs))
-    bar = progress(jobs, label)
-
-    def ready():
-        for job in [job for job, needs in waiting.items() if done.issuperset(needs)]:
-            del waiting[job]
-            yield job
-
-    def finish(job, result):
+    if not jobs:
+        return
+    with progress(jobs, label) as bar, pool(workers) as submit:
         try:
-            result()
-        except forgive as error:
-            print(f"{error} It is missing from the table.")
-        done.add(job)
-        bar.update()
-
-    with bar:
-        if workers < 2:
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
-                while waiting:
-                    for job in ready():
-                        finish(job, functools.partial(work, *job))
-            finally:
-                torch.set_num_threads(threads)
-            return
-        context = multiprocessing.get_context("spawn")  # a forked child would inherit half of torch's threads
-        tqdm.set_lock(context.RLock())
-        begin = begin_worker, (context.Value("i", 0), tqdm.get_lock())
-        with ProcessPoolExecutor(workers, context, *begin) as pool:
-            try:
-                while waiting or running:
-                    running |= {pool.submit(work, *job): job for job in ready()}
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        finish(running.pop(future), future.result)
-            except BrokenProcessPool:
-                raise ChildProcessError(f"a worker of {label} died (if memory was short: fewer --workers)") from None
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            while waiting or running:
+                ready = [job for job, needs in waiting.items() if done.issuperset(needs)]
+                for job in ready[:workers - len(running)]:
+                    del waiting[job]
+                    running[submit(work, *job)] = job
+                if not running:
+                    raise ValueError(f"{list(waiting)} need what is not among the jobs")
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    done.add(running.pop(future))
+                    bar.update()
+                    try:
+                        future.result()
+                    except forgive as error:
+                        print(f"{error} The others go on.")
+        except BrokenProcessPool:
+            tqdm.set_lock(threading.RLock())  # the dead may have held the other
+            raise ChildProcessError(f"a worker of {label} died (if memory was short: fewer --workers)") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1343,7 +1354,7 @@ class Patience:
         if Patience.asked:
             raise KeyboardInterrupt
         Patience.asked = True
-        if not world()[0]:
+        if not world()[0] and LINE in (None, 1):
             print("stopping as soon as this step is saved; Ctrl-C once more stops at once", file=sys.stderr)
 
     @classmethod

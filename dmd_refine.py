@@ -810,7 +810,7 @@ def main(arguments=None):
     parser.add_argument("--student-steps", type=int, choices=(1, 2), help="2: a student for 1 and 2 calls (default: 1)")
     parser.add_argument("--ablation", action="store_true", help="all variants and seeds, from one teacher and one TD")
     parser.add_argument("--seeds", type=whole_number(1, 10), default=3, help="of --ablation (default: %(default)s)")
-    parser.add_argument("--workers", type=whole_number(1, 64), default=os.cpu_count(),
+    parser.add_argument("--workers", type=whole_number(1, 64), default=os.cpu_count() or 1,
                         help="of --ablation: jobs side by side (default: %(default)s, one for each core)")  # fmt: skip
     parser.add_argument("--count", type=whole_number(100, 10**6),
                         help="of --ablation: images in each row of the table (5000; with --quick 500)")  # fmt: skip

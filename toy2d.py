@@ -34,8 +34,8 @@ import numpy as np
 import torch
 
 from awd import AdaptiveWeightedDiscriminator
-from data import (BLUE, DENSITIES, GREEN, GREY, ORANGE, PINK, RunFolder, alone, check_device, new_figure, progress,
-                  rng, save_figure, sentences, side_by_side, whole_number, write_json)  # fmt: skip
+from data import (BLUE, DENSITIES, GREEN, GREY, ORANGE, PINK, Keep, RunFolder, alone, check_device, new_figure,
+                  progress, rng, save_figure, sentences, side_by_side, whole_number, write_json)  # fmt: skip
 from dmd_refine import refine
 from meanflow_td import (check_finite, flow_matching_loss, meanflow_target, new_network, sample, sample_euler,
                          sample_ode, student_objective, teacher_objective, train)  # fmt: skip
@@ -407,7 +407,7 @@ def mean_std(values):
 
 
 def grouped(results, part):
-    """{(what, width): [a result for each seed]} of one part, in the order in which they were first made."""
+    """{(what, width): [a result for each seed]} of one part, in the order in which they are told."""
     groups = {}
     for row in results:
         if row["part"] == part:
@@ -498,14 +498,14 @@ def report(stages):
     """Results, metrics, pictures and tables of all that the run folder holds; the story's picture is of one seed."""
     run, judge, plan, seed = stages.run, stages.judge, stages.plan, stages.seed
     told = [*story(stages), *unify(stages)]  # in this order
-    states = {name: state for name, state in run.stages().items() if "result" in state}
+    states = {name: state for name, state in run.stages().items() if name.split("-", 1)[-1] in told}
     states = dict(sorted(states.items(), key=lambda item: (
         item[1]["result"]["seed"], told.index(item[0].split("-", 1)[1]))))  # fmt: skip
     results = [state["result"] for state in states.values()]
     write_json(run.path / "results.json", results)
     run.write_metrics([row for state in states.values() for row in state["rows"]])
     pictures = []
-    if f"seed{seed}-dmd-awd" in states:  # the story's last stage
+    if all(f"seed{seed}-{name}" in states for name in story(stages, first=False)):
         small, large = min(plan["widths"]), max(plan["widths"])
         calls = states[f"seed{seed}-teacher"]["result"]["nfe"]
         chosen = {f"teacher, {calls} calls": "teacher", "TD, 1 call, smallest": f"td-{small}",
@@ -538,7 +538,7 @@ def parse_arguments(arguments):
     parser.add_argument("--seed", type=whole_number(0), default=0, help="the first of them (default: %(default)s)")
     parser.add_argument("--out", help="run folder (default: runs/toy2d, and for other data or plans runs/toy2d-...)")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: %(default)s)")
-    parser.add_argument("--workers", type=whole_number(1, 64), default=min(4, os.cpu_count()),
+    parser.add_argument("--workers", type=whole_number(1, 64), default=min(4, os.cpu_count() or 1),
                         help="stages side by side, on one thread each (default: %(default)s)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="everything, small: to see that it works, not how well")
     parser.add_argument("--unify", action="store_true",
@@ -585,8 +585,10 @@ def main(arguments=None):
         held.enter_context(alone(run.path))
         finished, waiting = run.stages(), {}
         for seed in range(args.seed, args.seed + args.seeds):
-            stages, jobs = stages_of(args, plan, seed)
+            _, jobs = stages_of(args, plan, seed)
             names = [name for name in jobs if f"seed{seed}-{name}" not in finished]
+            for name in jobs.keys() - names:
+                Keep(run, f"seed{seed}-{name}").discard()  # by a kill just before its stage would have done so
             # the last first, for they take longest
             waiting |= {(seed, name): [(seed, needed) for needed in jobs[name][0] if needed in names]
                         for name in reversed(names)}  # fmt: skip

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -148,7 +149,7 @@ def test_a_full_memory_ends_with_a_sentence_and_loses_nothing(tmp_path, capsys, 
     with monkeypatch.context() as patch:
         patch.setattr(meanflow_td, "teacher_objective", fill)
         assert end(meanflow_td, *TEACHER, "--out", tmp_path / "run") == 2
-    said(capsys, "out of memory (", "Fewer rows at once take less: a lower --batch")
+    said(capsys, "out of memory (", "a lower --batch, a higher --accumulate and fewer --workers")
     assert data.read_checkpoint(tmp_path / "run" / "teacher.unfinished")["steps"] == 2
     assert end(meanflow_td, *TEACHER, "--out", tmp_path / "run") == 0
     assert equal(weights(tmp_path / "run", "td"), weights(whole, "td"))
@@ -230,15 +231,38 @@ def die(*job):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_dead_worker_of_the_ablation_gets_one_sentence(tmp_path, capsys, monkeypatch, whole):
+@pytest.mark.parametrize("module, job, arguments", [
+    (dmd_refine, "ablation_job", ["--ablation", "--seeds", 1]), (toy2d, "work", [])])  # fmt: skip
+def test_a_dead_worker_gets_one_sentence(tmp_path, capsys, monkeypatch, whole, module, job, arguments):
     out = tmp_path / "run"
-    shutil.copytree(whole, out)
-    monkeypatch.setattr(dmd_refine, "ablation_job", die)
+    if module is dmd_refine:
+        shutil.copytree(whole, out)
+    monkeypatch.setattr(module, job, die)
     fork = multiprocessing.get_context("fork")  # so that workers know of `die`
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
-    assert end(dmd_refine, "--quick", "--ablation", "--seeds", 1, "--workers", 2, "--out", out) == 2
-    said(capsys, "a worker of the ablation died (if memory was short: fewer --workers); what was saved is kept")
-    assert equal(weights(out, "td"), weights(whole, "td"))
+    assert end(module, "--quick", *arguments, "--workers", 2, "--out", out) == 2
+    said(capsys, " died (if memory was short: fewer --workers); what was saved is kept")
+    assert module is toy2d or equal(weights(out, "td"), weights(whole, "td"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_workers_at_work_and_without_and_all_is_saved(tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, ROOT / "toy2d.py", "--quick", "--teacher-steps", "100000", "--workers",
+                                "2", "--out", out], stderr=subprocess.PIPE, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    told = b""
+    while b"teacher:" not in told:  # its bar; the second worker has nothing to do meanwhile
+        told += process.stderr.read(1)
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        told += process.communicate(timeout=60)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130 and b"the same command goes on" in told and b"Traceback" not in told, told.decode()
+    assert data.read_checkpoint(out / "seed0-teacher.unfinished")["steps"] > 0 and not list(out.glob("*.partial"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

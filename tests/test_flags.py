@@ -164,7 +164,7 @@ class Recorder:
         """A ProcessPoolExecutor that does nothing."""
 
         def submit(job, *arguments):
-            self.note("job", *arguments[1:])
+            self.note("job", *arguments)
             done = Future()
             done.set_result(None)
             return done

@@ -85,12 +85,12 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     code, _, err = run(*TINY, "--workers", 2, "--out", whole)
     assert code == 0, err
     went_on = "seed0-teacher 1"
-    for stage, steps in [("seed0-teacher", 2), ("seed0-td-12", 6), ("seed0-hd", 1)]:
+    for stage, steps in [("seed0-teacher", 2), ("seed0-hd", 1), ("seed0-td-12", 6)]:
         assert run_saving("toy2d", *TINY, "--workers", 1, "--out", killed, die=(stage, steps)) == went_on
         assert (killed / f"{stage}.unfinished").exists() and not (killed / f"{stage}.pt").exists()
         went_on = f"{stage} {steps + 1}"  # not at the stage's start
-        if steps == 6:  # of td-12 there is nothing left but to finish it, in its turn
-            went_on = "seed0-td-dmd-mean 1"
+        if steps == 6:  # of td-12 there is nothing left but to finish it
+            went_on = "seed0-td-8 1"
     assert run_saving("toy2d", *TINY, "--workers", 1, "--out", killed) == went_on
     assert contents(killed) == contents(whole)
     assert not list(killed.glob("*.unfinished")) and not list(killed.glob("*.partial"))
