@@ -51,7 +51,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
 from data import (BLUE, GREEN, ORANGE, PUBLISHED, Glyphs, alone, in_turn, new_figure, positive_number, progress, rng,
                   save_figure, sentences, side_by_side, to_uint8, whole_number, world, write_json)  # fmt: skip
-from evaluate import NAMES, evaluate_run
+from evaluate import COUNT, NAMES, QUICK_COUNT, evaluate_run
 from meanflow_td import PLANS as STAGE_1
 from meanflow_td import (LOOK_EVERY, TEACHERS, WRAPPERS, ImageRun, add_run_arguments, add_training_arguments, autocast,
                          backward_in_parts, check_finite, check_section, check_training, count_clipped, draw_times,
@@ -431,7 +431,7 @@ def ablation(args, run):
     side_by_side(partial(ablation_job, args), jobs, args.workers, "the ablation", forgive=FloatingPointError)
     for state in run.folder.stages().values():
         run.folder.write_metrics(state.get("rows", []))
-    rows = evaluate_run(run, args.count or (500 if args.quick else 5000))
+    rows = evaluate_run(run, args.count or (QUICK_COUNT if args.quick else COUNT))
     told = compare(rows)
     variances = [gradient_variance(run, seed) for seed in range(args.seeds)]
     ratio = [v["data"] / v["teacher"] for v in variances]
@@ -813,7 +813,7 @@ def main(arguments=None):
     parser.add_argument("--workers", type=whole_number(1, 64), default=os.cpu_count() or 1,
                         help="of --ablation: jobs side by side (default: %(default)s, one for each core)")  # fmt: skip
     parser.add_argument("--count", type=whole_number(100, 10**6),
-                        help="of --ablation: images in each row of the table (5000; with --quick 500)")  # fmt: skip
+                        help=f"of --ablation: images in a row of the table ({COUNT}; with --quick {QUICK_COUNT})")
     parser.add_argument("--bench", action="store_true",
                         help="time every step and its parts on this machine, against the count of network passes")
     args = parser.parse_args(arguments)

@@ -819,6 +819,7 @@ def statistics(features):
     return moments.finish()
 
 
+COUNT, QUICK_COUNT = 2000, 500  # images in each row; fewer make all distances greater
 SAMPLE_BATCH = 250
 GUIDANCE = (1.0, 1.25, 1.5, 2.0)  # of the teacher; 1 is none
 FEW = 5  # so many times fewer images where the teacher's guidance is compared
@@ -1225,7 +1226,8 @@ def main(argv=None):
     add("--batch", type=whole_number(1, 4096), default=32, help="images in one pass, 1 .. 4096 (%(default)s)")
     add("--allow-small", action="store_true", help="score fewer than 2,048 images, for a rough look")
     add("--flops", action="store_true", help="print what one ImageNet image costs teacher and student, in GMACs")
-    add("--count", type=whole_number(100, 10**6), help="of --data: images in each row (5000; with --quick 500)")
+    add("--count", type=whole_number(100, 10**6),
+        help=f"of --data: images in each row ({COUNT}; with --quick {QUICK_COUNT})")
     add_run_arguments(parser)
     parser.set_defaults(data=None, data_dir=None, device=devices[0], accumulate=1, checkpointing=False, compile=False)
     add = parser.add_argument_group("samples").add_argument
@@ -1258,7 +1260,7 @@ def main(argv=None):
             with in_turn():
                 run = ImageRun(args, {}, needs=["teacher", "td"])
             held.enter_context(data.alone(run.folder.path))
-            evaluate_run(run, args.count or (500 if args.quick else 5000))
+            evaluate_run(run, args.count or (QUICK_COUNT if args.quick else COUNT))
         return
     args.out = Path(args.out or "runs/evaluate")
     if not args.flops and not (args.images and (args.reference or args.save_npz)):
