@@ -7,6 +7,7 @@
     LatentCache  latents of such a tree, encoded once by Stable Diffusion's VAE; EncodedFolder encodes them when drawn
     RunFolder    runs/<name>/: all that a run leaves behind, written whole or not at all
     add_up       sums over the ranks of one run, the processes that torchrun starts
+    side_by_side many small networks at once, a process for each
 
 Images are uint8 (H, W, C), C = 3 (RGB) or 1 (grey). Every source of them has `size`, `channels`, `len()`, and
 `images(indices) -> uint8 (B, H, W, C)`. What is trained on has `draw(batch, generator) -> x_0 (B, C, H, W), y (B,)` on
