@@ -45,7 +45,7 @@ def metrics(folder):
 @pytest.mark.slow
 def test_quick_tells_the_whole_story(tmp_path):
     out = tmp_path / "run"
-    code, text, err = run("--quick", "--out", out)  # 20 s on 2 idle cores
+    code, text, err = run("--quick", "--out", out)  # 27 s on 2 idle cores
     assert code == 0, err
     results = json.loads((out / "results.json").read_text())
     kinds = [row["what"] for row in results]
