@@ -177,13 +177,39 @@ def both_halves(x, rows):
     return torch.cat([half[rows] for half in x.chunk(2)])
 
 
+SHARE_ONE_CALL = 0.75  # OURS: of the rows of a student of 2 steps; the answer in 1 call is the harder one
+
+
+def by_calls(x, steps):
+    """x (B, ...), split into the rows that are made in 1 call and, of a student of 2 steps, those that take 2."""
+    one_call = math.ceil(SHARE_ONE_CALL * len(x))
+    return [x] if steps == 1 else [x[:one_call], x[one_call:]]
+
+
 def student_samples(student, eps, y, steps):
-    """x_gen (B, ...) with its graph. A student of 2 steps makes half of the rows in 1 and half in 2, so that it learns
-    both, and its second call is trained on the very states that its first call leaves."""
-    if steps == 1:
-        return generate(student, eps, y)
-    halves = zip(eps.chunk(steps), [None] * steps if y is None else y.chunk(steps))
-    return torch.cat([generate(student, half, labels, k + 1) for k, (half, labels) in enumerate(halves)])
+    """x_gen (B, ...) with its graph. A student of 2 steps makes some of the rows in 1 call and the others in 2, so that
+    it learns both, and its second call is trained on the very states that its first call leaves."""
+    labels = [None] * steps if y is None else by_calls(y, steps)
+    return torch.cat([generate(student, part, y_part, 1 + k)
+                      for k, (part, y_part) in enumerate(zip(by_calls(eps, steps), labels))])  # fmt: skip
+
+
+class FakeByCalls(nn.Module):
+    """The fake branch of a student of 2 steps, with a second set of labels for the samples that took 2 calls.
+
+    OURS: if all its samples are of one distribution, the student may make them too blurred in 1 call and too sharp in
+    2, for the two average out (the README has the numbers). fake: a Teacher, for a DiT with labels. The rows of
+    forward are in the order of `student_samples`."""
+
+    def __init__(self, fake, steps):
+        super().__init__()
+        self.fake, self.steps, self.labels = fake, steps, fake.net.num_classes + 1
+        table = fake.net.y_embedder.embedding_table.weight.detach()
+        fake.net.y_embedder.embedding_table = nn.Embedding.from_pretrained(table.repeat(steps, 1), freeze=False)
+
+    def forward(self, x_t, *, t, y):
+        y = torch.cat([part + k * self.labels for k, part in enumerate(by_calls(y, self.steps))])
+        return self.fake(x_t, t=t, y=y)
 
 
 def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, seed, stream, name, taps=(),
@@ -196,7 +222,7 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     copy of it, which is trained; without guidance, for the samples that it fits are guided already. draw(batch,
     generator) -> x_data (batch, ...), y (batch,) or None. discriminator: an awd.AdaptiveWeightedDiscriminator for the
     layers `taps` of the teacher, or None; trained in place. lambda_td: weight of stage 1's loss, kept on (with
-    SHARE_SPANS). student_steps: 1, or 2 for a student that can do both. fake_updates: of the fake branch for each of
+    SHARE_SPANS). student_steps: 1, or 2 for a student that can do both (a DiT with labels). fake_updates: of the fake branch for each of
     the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2, since these networks learn fast). Learning rates
     are peaks; lr_muon of student and fake branch, see `meanflow_td.make_optimizers`. seed, stream, name, clip,
     ema_decay, amp, accumulate, keep: as in `meanflow_td.train`; the discriminator's gradient in parts is that of a
@@ -204,7 +230,8 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     when a loss, a gradient or a sample is not finite.
     """
     device = next(student.parameters()).device
-    players = [student, fake] + ([] if discriminator is None else [discriminator])
+    branch = fake if student_steps == 1 else FakeByCalls(fake, student_steps)
+    players = [student, branch] + ([] if discriminator is None else [discriminator])
     # PRIOR: no momentum in Adam between players that chase each other (Brock et al., arXiv 1809.11096). OURS: 0.99
     rates = zip(players, (lr, lr_fake, lr_discriminator), (lr_muon, lr_muon, None))
     optimizers = [make_optimizers(*rate, betas=(0.0, 0.99)) for rate in rates]  # a list for each player
@@ -242,7 +269,7 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
             # PRIOR: all t here, also those that the student is never asked about (DMD2's code)
             noise, t = normal_like(x_gen, generator), uniform(0, 1, batch, generator)
             loss_fake, _, gradient = update(1, lambda rows: (
-                fake_branch_loss(fake, x_gen[rows], pick(y, rows), noise[rows], t[rows]), {}))  # fmt: skip
+                fake_branch_loss(branch, x_gen[rows], pick(y, rows), noise[rows], t[rows]), {}))  # fmt: skip
             gradients = {"gradient_fake": gradient}
         if discriminator is not None:
             # the last x_gen serves again: the student has not moved since, and new noise falls on it
@@ -257,7 +284,7 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
 
         def loss_of(rows):
             x_gen = student_samples(student, eps[rows], pick(y, rows), student_steps)
-            loss, terms = generator_loss(teacher, fake, discriminator, x_gen, pick(y, rows), noise[rows], t[rows],
+            loss, terms = generator_loss(teacher, branch, discriminator, x_gen, pick(y, rows), noise[rows], t[rows],
                                          lambda_adv=lambda_adv, taps=taps)  # fmt: skip
             if lambda_td:
                 generator.set_state(drawn)  # the same random numbers for all parts
@@ -440,7 +467,7 @@ def ablation(args, run):
                 "eps - x_0 as with the teacher's velocity.")  # fmt: skip
     print("\n".join(told))
     write_json(run.folder.path / "ablation.json", {"comparisons": told, "gradient_variance": variances})
-    plot_ablation(run.folder.path / "ablation.png", rows, run.folder, run.plan["td"]["w"])
+    plot_ablation(run.folder.path / "ablation.png", rows, run.folder)
     print(f"In {run.folder.path}: ablation.json, ablation.png")
 
 
@@ -494,19 +521,18 @@ def gradient_variance(run, seed, batches=32):
     return {"seed": seed, **variance}
 
 
-def plot_ablation(path, rows, folder, w):
-    """ablation.png: Frechet distance and recall of each variant and seed, and of the teacher with guidance w; error
-    with and without TD."""
+def plot_ablation(path, rows, folder):
+    """ablation.png: Frechet distance and recall of each variant and seed, and of the teacher with the guidance that is
+    best for its distance; error with and without TD."""
     figure, axes = new_figure(13, 4.4, columns=3)
     names = ["td", "scratch", "dmd-no-td", "dmd", "mean", "hd-no-td", "hd"]
     titles = {"td": "TD", **NAMES}
+    teacher = min((row for row in rows if row["what"] == "teacher, Heun"), key=lambda row: row["frechet"])
     for axis, measure in zip(axes, ("frechet", "recall")):
         for place, name in enumerate(names):
             values = [row[measure] for row in rows if row["what"] == titles[name] and row["nfe"] == 1]
             axis.plot(values, [place] * len(values), "o", color=ORANGE if name == "hd" else BLUE)
-        # its last rows are of fewer images
-        floors = [row[measure] for row in rows if row["what"] == "teacher, Heun" and row["w"] == w][:2]
-        axis.axvline(min(floors) if measure == "frechet" else max(floors), color="black", ls="--", label="teacher")
+        axis.axvline(teacher[measure], color="black", ls="--", label="teacher")
         axis.set_yticks(range(len(names)), [titles[name] for name in names] if axis is axes[0] else [])
         axis.set_xlabel("Frechet distance (less is better)" if measure == "frechet" else "recall (more is better)")
         axis.legend(fontsize=9)

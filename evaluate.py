@@ -819,10 +819,12 @@ def statistics(features):
     return moments.finish()
 
 
-COUNT, QUICK_COUNT = 2000, 500  # images in each row; fewer make all distances greater
+COUNT, QUICK_COUNT = 5000, 500  # images in each row; fewer make all distances greater
+# OURS: so many times more held-out glyphs to compare with, for they cost nothing. The Frechet distance of one student of
+# stage 2 varied by 0.012 over draws of 2,000 images and 2,000 glyphs, by 0.0016 over 5,000 images and the same 20,000.
+REFERENCE = 4
 SAMPLE_BATCH = 250
 GUIDANCE = (1.0, 1.25, 1.5, 2.0)  # of the teacher; 1 is none
-FEW = 5  # so many times fewer images where the teacher's guidance is compared
 
 
 class RunJudge:
@@ -836,7 +838,7 @@ class RunJudge:
         print(f"The classifier knows {state['accuracy']:.4f} of held-out glyphs.")
         classifier = GlyphClassifier(self.size)
         classifier.load_state_dict(state["net"])
-        self.judge = GlyphJudge(classifier, self.size, count)
+        self.judge = GlyphJudge(classifier, self.size, REFERENCE * count)
 
     def train(self, keep):
         net, accuracy = train_classifier(self.size)
@@ -873,22 +875,17 @@ class RunJudge:
         """Another draw of the data: how good a perfect sampler would look."""
         self.row("data against data", lambda: held_out_glyphs(self.size, self.count, seed=1), self.count, seed=1)
 
-    def teacher(self, few_calls=(1, 2, 4, 8), many_calls=(50, 100)):
-        """The teacher as the students learn from it, by Euler at few calls and by Heun at many; and, on fewer images,
-        with other guidance, by which the run's own was chosen."""
-        teacher = self.run.load("teacher")
-
-        def at(w, calls, count):
-            teacher.w, heun = w, calls >= many_calls[0]
-            method, steps = (sample_ode, calls // 2) if heun else (sample_euler, calls)
-            what = "teacher, Heun" if heun else "teacher, Euler"
-            draw = partial(self.sample, partial(method, teacher, steps=steps), count, what)
-            self.row(what, draw, count, nfe=calls, w=w, net=teacher)
-
-        for calls in (*few_calls, *many_calls):
-            at(self.run.plan["td"]["w"], calls, self.count)
-        for w in GUIDANCE:
-            at(w, many_calls[0], self.count // FEW)
+    def teacher(self, few_calls=(1, 2, 4, 8), many_calls=50):
+        """The teacher as the students learn from it, by Euler at few calls and by Heun at many; and at many with other
+        guidance, for its best is what a student has to reach."""
+        teacher, own = self.run.load("teacher"), self.run.plan["td"]["w"]
+        rows = [("teacher, Euler", own, calls, partial(sample_euler, steps=calls)) for calls in few_calls]
+        rows += [("teacher, Heun", w, many_calls, partial(sample_ode, steps=many_calls // 2))
+                 for w in dict.fromkeys((own, *GUIDANCE))]  # fmt: skip
+        for what, w, calls, sampler in rows:
+            teacher.w = w
+            draw = partial(self.sample, partial(sampler, teacher), self.count, what)
+            self.row(what, draw, self.count, nfe=calls, w=w, net=teacher)
 
     def student(self, stage, what, seed=0, steps=1):
         """The student of a finished stage, in `steps` calls; returns the student."""

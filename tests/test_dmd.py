@@ -198,29 +198,57 @@ def network():
 
 
 def check_two_steps(module):
-    """Half of the rows by the formula of one call, half by that of two, and the gradients of both calls."""
+    """Three rows of four by the formula of one call, the last by that of two, and the gradients of both calls."""
     net, eps = network(), torch.randn(8, 2, generator=rng(0, "eps"), dtype=torch.float64)
-    zero, half, one = (torch.full((4,), t, dtype=torch.float64) for t in (0, 0.5, 1))
-    first = eps[:4] - net(eps[:4], t=one, r=zero)
-    x_half = eps[4:] - net(eps[4:], t=one, r=half) / 2  # x_1/2 = eps - u(eps, 1/2, 1) / 2
-    second = x_half - net(x_half, t=half, r=zero) / 2  # x_0 = x_1/2 - u(x_1/2, 0, 1/2) / 2
+    zero, half, one = (torch.full((8,), t, dtype=torch.float64) for t in (0, 0.5, 1))
+    first = eps[:6] - net(eps[:6], t=one[:6], r=zero[:6])
+    x_half = eps[6:] - net(eps[6:], t=one[6:], r=half[6:]) / 2  # x_1/2 = eps - u(eps, 1/2, 1) / 2
+    second = x_half - net(x_half, t=half[6:], r=zero[6:]) / 2  # x_0 = x_1/2 - u(x_1/2, 0, 1/2) / 2
     x_gen = module.student_samples(net, eps, None, 2)
     torch.testing.assert_close(x_gen, torch.cat([first, second]))
     expected = torch.autograd.grad(torch.cat([first, second]).square().sum(), net.parameters())
     for ours, theirs in zip(torch.autograd.grad(x_gen.square().sum(), net.parameters()), expected):
         torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(module.student_samples(net, eps[:4], None, 1), first)
+    torch.testing.assert_close(module.student_samples(net, eps[:6], None, 1), first)
 
 
 def test_a_student_of_two_steps_learns_both():
     check_two_steps(dmd_refine)
     with pytest.raises(AssertionError):
-        check_two_steps(broken(dmd_refine, ("generate(student, half, labels, k + 1)",
-                                            "generate(student, half, labels, steps)")))  # fmt: skip
+        check_two_steps(broken(dmd_refine, ("y_part, 1 + k)", "y_part, 2)")))
     module = broken(dmd_refine)
     module.generate = broken(meanflow_td, ("        x = x - net(", "        x = x.detach() - net(")).generate
     with pytest.raises(AssertionError):  # the samples are right, and the first call learns nothing
         check_two_steps(module)
+
+
+def check_fake_by_calls(module):
+    """The fake branch knows samples of 1 call by the labels 0 to 2 and those of 2 by 4 to 6: it is trained on them and
+    asked by them."""
+    fake, y, told = tiny_teacher(3), torch.arange(8) % 3, torch.tensor([0, 1, 2, 0, 1, 2, 4, 5])
+    asked = []
+    fake.net.register_forward_pre_hook(lambda net, args, kwargs: asked.append(kwargs["y"]), with_kwargs=True)
+    before = fake.net.y_embedder.embedding_table.weight.detach().clone()  # 3 classes and the null class
+    module.refine(tiny_teacher(1, two_times=True), tiny_teacher(2).requires_grad_(False), fake,
+                  lambda batch, generator: (torch.zeros(8, 1, 8, 8), y), steps=2, batch=8, seed=0, stream="t", name="t",
+                  student_steps=2)  # fmt: skip
+    after = fake.net.y_embedder.embedding_table.weight.detach()
+    assert after.shape == (8, 16) and len(asked) == 6 and all(torch.equal(labels, told) for labels in asked)
+    moved = (after != before.repeat(2, 1)).any(dim=1)
+    assert moved.tolist() == [True, True, True, False, True, True, False, False]
+    x_t, t = torch.randn(8, 1, 8, 8, generator=rng(0, "x")), torch.full((8,), 0.5)
+    branch = module.FakeByCalls(tiny_teacher(3), 2)
+    torch.testing.assert_close(branch(x_t, t=t, y=y), tiny_teacher(3)(x_t, t=t, y=y))  # at first a copy
+    branch.fake.net.y_embedder.embedding_table.weight.data = after
+    torch.testing.assert_close(branch(x_t, t=t, y=y), branch.fake(x_t, t=t, y=told))
+
+
+def test_the_fake_branch_of_two_steps_tells_the_calls_apart():
+    check_fake_by_calls(dmd_refine)
+    for old, new in [("else FakeByCalls(fake, student_steps)", "else fake"), ("part + k * self.labels", "part"),
+                     ("generator_loss(teacher, branch,", "generator_loss(teacher, fake,")]:  # fmt: skip
+        with pytest.raises(AssertionError):
+            check_fake_by_calls(broken(dmd_refine, (old, new)))
 
 
 def test_labels_stay_with_their_rows_in_two_steps():
