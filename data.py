@@ -26,6 +26,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 import argparse
 import csv
 from datetime import timedelta
+import errno
 import functools
 import hashlib
 import http.client
@@ -101,8 +102,8 @@ def sha256_file(path):
 
 def sha256_json(value):
     """Hexadecimal sha256 of a dict for JSON, but for its own entry "sha256": one that was changed is then seen."""
-    told = {key: value[key] for key in value if key != "sha256"}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    entries = {key: value[key] for key in value if key != "sha256"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path):
@@ -203,7 +204,7 @@ def progress(items, label, **options):
 # Jobs side by side: networks as small as ours gain nothing from a second thread, but two of them train at once.
 # ---------------------------------------------------------------------------------------------------------------------
 
-LINE = None  # of the terminal, below that of the process that began it, on which a worker draws its bars
+LINE = None  # in a worker: the line of the terminal for its progress bar, counted from that of the main process
 
 
 def begin_worker(lines, lock):
@@ -377,7 +378,7 @@ def agree(value):
 
 @contextmanager
 def in_turn():
-    """Rank 0 runs the block first, then all others: they find what it made, not what it put aside."""
+    """Rank 0 runs the block first, then all others: they see the files that it made, and none that it puts aside."""
     if world()[0]:
         gathered(None)
     yield
@@ -903,7 +904,7 @@ class Glyphs:
 
     def __init__(self, size=16, seed=0, held_out=False, length=None):
         if size < 8 or size % 2:
-            raise ValueError(f"glyphs have an even size of at least 8 px, not {size}")
+            raise BadInput(f"glyphs have an even size of at least 8 px, not {size}")
         if not 0 <= seed < 2**32:  # a longer seed would spill into the next word of the generator's key, the stream
             raise ValueError(f"the seed must lie in 0 .. 2^32 - 1, not {seed}")
         self.size, self.seed, self.held_out, self.length = size, seed, held_out, length
@@ -987,8 +988,7 @@ def load_vae(name):
         vae = AutoencoderKL([conv.shape[0] for conv in convs], layers, len(state["quant_conv.weight"]) // 2)
         load_weights(vae, state, path)
     except Exception as error:  # names and shapes of another network can break any of these lines
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{path} does not hold the weights of an AutoencoderKL ({reason}).") from error
+        raise BadInput(f"{path} does not hold the weights of an AutoencoderKL ({in_short(error)}).") from error
     return vae.eval().requires_grad_(False), sha256
 
 
@@ -1033,12 +1033,13 @@ def open_shard(cache, manifest, k):
 def read_manifest(cache):
     """The manifest of a cache, finished or not. Raises BadInput: none, damaged, another format."""
     path = Path(cache, "manifest.json")
-    told = read_json(path)
-    if not isinstance(told, dict) or told.get("sha256") != sha256_json(told):
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("sha256") != sha256_json(manifest):
         raise BadInput(f"{path} is not a manifest of latents, or damaged: remove {cache} and encode again.")
-    if told.get("format") != CACHE_FORMAT:
-        raise BadInput(f"{path} has format {told.get('format')!r}, not {CACHE_FORMAT!r}: remove {cache}, encode again.")
-    return told
+    if manifest.get("format") != CACHE_FORMAT:
+        raise BadInput(f"{path} has format {manifest.get('format')!r}, not {CACHE_FORMAT!r}: remove {cache}, encode "
+                       "again.")  # fmt: skip
+    return manifest
 
 
 def finished_shards(cache, made):
@@ -1148,6 +1149,10 @@ def encode_folder(folder, vae, cache, *, vae_sha256, scale, batch=32, shard_imag
     print(f"{whole:,} images are in {cache}; skipped because they can't be read: {len(folder) - whole:,}.")
 
 
+# The disk's or the system's trouble, not the image's: it would be left out for good.
+MACHINE_ERRORS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
+
+
 def encode_shard(folder, vae, rows, batch, strict, bar):
     """float16 moments (images, 2, 2, C, h, w) of some images of a folder, NaN for those that can't be read."""
 
@@ -1155,7 +1160,8 @@ def encode_shard(folder, vae, rows, batch, strict, bar):
         try:
             return read_image(path, folder.size)
         except BadInput as error:
-            if strict:
+            cause = error.__cause__
+            if strict or isinstance(cause, MemoryError) or getattr(cause, "errno", None) in MACHINE_ERRORS:
                 raise
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             return None
@@ -1183,26 +1189,22 @@ class LatentCache:
     Raises BadInput that names the file: no manifest, not finished, a shard that is missing, cut off or foreign."""
 
     def __init__(self, path):
-        self.path, told = Path(path), read_manifest(path)
-        self.shape, self.size, self.scale = tuple(told["latent"]), told["size"], told["scale"]
-        self.vae_sha256 = told["vae sha256"]
-        self._each, count = told["shard images"], math.ceil(told["images"] / told["shard images"])
-        if len(told["shards"]) < count:
-            raise BadInput(f"{path} has {len(told['shards'])} of {count} shards: run the same --encode again.")
-        self._shards = [open_shard(path, told, k) for k in range(count)]
-        skipped = [i for record in told["shards"].values() for i, _ in record["skipped"]]
-        self._rows = np.delete(np.arange(told["images"]), skipped)
+        self.path, manifest = Path(path), read_manifest(path)
+        self.shape, self.size, self.scale = tuple(manifest["latent"]), manifest["size"], manifest["scale"]
+        self.vae_sha256 = manifest["vae sha256"]
+        self._each, count = manifest["shard images"], math.ceil(manifest["images"] / manifest["shard images"])
+        if len(manifest["shards"]) < count:
+            raise BadInput(f"{path} has {len(manifest['shards'])} of {count} shards: run the same --encode again.")
+        self._shards = [open_shard(path, manifest, k) for k in range(count)]
+        skipped = [i for record in manifest["shards"].values() for i, _ in record["skipped"]]
+        self._rows = np.delete(np.arange(manifest["images"]), skipped)
         if not len(self._rows):
-            raise BadInput(f"{path} holds no latents: none of its {told['images']} images could be read.")
-        self.classes, counts = map(list, zip(*told["classes"]))
+            raise BadInput(f"{path} holds no latents: none of its {manifest['images']} images could be read.")
+        self.classes, counts = map(list, zip(*manifest["classes"]))
         self.labels = np.repeat(np.arange(len(counts)), counts)[self._rows]  # the tree is sorted by class
 
     def __len__(self):
         return len(self._rows)
-
-    def identity(self):
-        """What these latents depend on, for JSON: the manifest, which holds the sha256 of all shards."""
-        return ["latents", sha256_file(self.path / "manifest.json")]
 
     def draw(self, batch, generator, rows=slice(None)):
         """Images and mirror images, all equally likely. -> x_0 (batch, C, h, w) float32, labels (batch,) int64.
@@ -1221,18 +1223,11 @@ class EncodedFolder:
 
     The same generator draws the same from both, up to the cache's float16. scale multiplies the VAE's latents."""
 
-    def __init__(self, folder, vae, *, vae_sha256, scale):
-        self.folder, self.vae, self.vae_sha256, self.scale = folder, vae, vae_sha256, scale
+    def __init__(self, folder, vae, *, scale):
+        self.folder, self.vae, self.scale = folder, vae, scale
         self.classes = folder.classes
         side = folder.size // 2 ** (len(vae.encoder.down_blocks) - 1)
         self.shape = (vae.quant_conv.out_channels // 2, side, side)
-
-    def __len__(self):
-        return len(self.folder)
-
-    def identity(self):
-        """What these latents depend on, for JSON."""
-        return [*self.folder.identity(), self.vae_sha256, self.scale]
 
     def draw(self, batch, generator, rows=slice(None)):
         """Images and mirror images, all equally likely. -> x_0 (batch, C, h, w) float32, labels (batch,) int64."""
@@ -1341,7 +1336,7 @@ class Patience:
     def __enter__(self):
         self.look()
         self.before = signal.getsignal(signal.SIGINT)
-        # left alone: who ignores Ctrl-C (nohup), who is patient already, and threads, which may not ask for signals
+        # the handler stays where Ctrl-C is ignored (nohup), within another Patience, in threads, which can't set one
         self.ours = self.before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
         if self.ours:
             signal.signal(signal.SIGINT, self.note)
@@ -1383,10 +1378,10 @@ class RunFolder:
         there, old = self.path / "config.json", {}
         if there.exists():
             old = read_json(there)
-            told = old.pop("sha256", None) if isinstance(old, dict) else None  # none: older than these checksums
+            checksum = old.pop("sha256", None) if isinstance(old, dict) else None  # none: older than these checksums
             if not isinstance(old, dict) or not all(isinstance(section, dict) for section in old.values()):
                 raise BadInput(f"{there} is not the configuration of a run: name another folder with --out")
-            if told not in (None, sha256_json(old)):
+            if checksum not in (None, sha256_json(old)):
                 raise BadInput(f"{there} is damaged or was edited: put it back as it was, or name another folder with "
                                "--out; without its line of sha256 it is taken as it is")  # fmt: skip
             for section in config.keys() & old.keys():
@@ -1593,10 +1588,10 @@ def save_figure(path, figure):
     write_whole(path, lambda file: picture.save(file, "PNG", optimize=True))
 
 
-def save_grid(path, images, columns, zoom=4):
-    """Write uint8 images (N, H, W, C) as one picture, row by row; each pixel becomes zoom x zoom."""
+def save_grid(path, images, columns):
+    """Write uint8 images (N, H, W, C) as one picture, row by row; each pixel of small ones becomes 4 x 4."""
     N, H, W, C = images.shape
-    rows = -(-N // columns)
+    rows, zoom = -(-N // columns), 4 if H < 64 else 1
     sheet = np.zeros((rows * columns, H, W, C), np.uint8)
     sheet[:N] = images
     sheet = sheet.reshape(rows, columns, H, W, C).transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, C)

@@ -49,9 +49,10 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
-from data import (BLUE, GREEN, ORANGE, PUBLISHED, Glyphs, alone, in_turn, new_figure, positive_number, progress, rng,
-                  save_figure, sentences, side_by_side, to_uint8, whole_number, world, write_json)  # fmt: skip
-from evaluate import COUNT, NAMES, QUICK_COUNT, evaluate_run
+from data import (BLUE, GREEN, ORANGE, PUBLISHED, Glyphs, RunFolder, alone, in_turn, new_figure, positive_number,
+                  progress, rng, save_figure, sentences, side_by_side, to_uint8, whole_number, world,
+                  write_json)  # fmt: skip
+from evaluate import COUNT, NAMES, QUICK_COUNT, VARIANTS, evaluate_run
 from meanflow_td import PLANS as STAGE_1
 from meanflow_td import (LOOK_EVERY, TEACHERS, WRAPPERS, ImageRun, add_run_arguments, add_training_arguments, autocast,
                          backward_in_parts, check_finite, check_section, check_training, count_clipped, draw_times,
@@ -82,8 +83,8 @@ def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake, normalize=True):
     x_gen, its noised x_t, and both velocities at (x_t, t): (B, ...); t (B,). Returns (B, ...).
     Multiplied by (1 - t)^2/t^2 instead of normalised, and averaged over the noise, this is the exact gradient of
     KL(p_gen,t || p_real,t) by x_gen, if both velocities are exact: a score is -(x_t - (1 - t) x0_guess)/t^2, and x_t
-    moves by 1 - t as x_gen moves by 1. The normaliser gives all noise levels about the same weight instead. PRIOR:
-    DMD's (arXiv 2311.18828, eq. 8), without its factor 1 - t, as in the code of DMD2.
+    moves by 1 - t as x_gen moves by 1. The normaliser gives all noise levels about the same weight instead. PRIOR: it
+    is that of DMD (arXiv 2311.18828, eq. 8), whose other factor, 1 - t, DMD2's code leaves out, as we do.
     """
     x0_real = x0_from_velocity(x_t, t, v_real)
     x0_fake = x0_from_velocity(x_t, t, v_fake)
@@ -291,17 +292,17 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
                 part = {} if is_whole(rows) else {"rows": rows}
                 loss_td, td_terms = student_objective(student, x_data, y, eps, generator, teacher=teacher, **part)
                 loss, terms = loss + lambda_td * loss_td, terms | td_terms
-            error = x_gen.detach().flatten(1).norm(dim=1)
-            told = {"t": t[rows], "error": error}  # the times of the noise; those of a sample are r = 0 and t = 1
-            return loss, terms | {"gen_mean": x_gen.mean(), "gen_std": x_gen.std(), "rows": told}
+            # for `check_finite`: each sample's norm, and the time of its noise (its own are r = 0 and t = 1)
+            per_row = {"t": t[rows], "error": x_gen.detach().flatten(1).norm(dim=1)}
+            return loss, terms | {"gen_mean": x_gen.mean(), "gen_std": x_gen.std(), "rows": per_row}
 
         loss, generator_terms, gradient = update(0, loss_of)
         update_ema(ema, student, step, ema_decay)
         # --- bookkeeping ---
         losses = {"loss": loss, "loss_fake": loss_fake} | ({} if discriminator is None else {"loss_d": loss_d})
-        told = generator_terms.pop("rows")
-        check_finite(f"{name}, seed {seed}, step {step}", told, generator_terms.get("du_dt"), sample=told["error"],
-                     **losses, gradient=gradient, **gradients)  # fmt: skip
+        per_row = generator_terms.pop("rows")
+        check_finite(f"{name}, seed {seed}, step {step}", per_row, generator_terms.get("du_dt"),
+                     sample=per_row["error"], **losses, gradient=gradient, **gradients)  # fmt: skip
         count_clipped(optimizers[0][0][0], gradient, clip)
         last = step == steps - 1
         if step % log_every == 0 or last:
@@ -425,15 +426,11 @@ def plot_attention(path, x_gen, weights, *, taps):
 # The ablation
 # ---------------------------------------------------------------------------------------------------------------------
 
-# What differs from HD. Those without TD get the updates of both stages.
-VARIANTS = {
-    "hd-no-td": dict(init="teacher"), "dmd-no-td": dict(init="teacher", pooling="none"), "hd": {},
-    "mean": dict(pooling="mean"), "dmd": dict(pooling="none"),
-}  # fmt: skip
 
 
 def ablation_plan(plan, td):
-    """Sections for all variants. plan: HD's, td: stage 1's. "scratch" is MeanFlow on data, from random weights."""
+    """Sections for all variants. plan: HD's, td: stage 1's. Those without TD get the updates of both stages; "scratch"
+    is MeanFlow on data, from random weights."""
     both = plan["steps"] + td["steps"]
     sections = {name: {**plan, **change, "steps": both if change.get("init") == "teacher" else plan["steps"]}
                 for name, change in VARIANTS.items()}  # fmt: skip
@@ -459,14 +456,16 @@ def ablation(args, run):
     for state in run.folder.stages().values():
         run.folder.write_metrics(state.get("rows", []))
     rows = evaluate_run(run, args.count or (QUICK_COUNT if args.quick else COUNT))
-    told = compare(rows)
+    lines = compare(rows)
     variances = [gradient_variance(run, seed) for seed in range(args.seeds)]
     ratio = [v["data"] / v["teacher"] for v in variances]
     spread = np.std(ratio, ddof=len(ratio) > 1)
-    told.append(f"The gradient of MeanFlow's loss varies {np.mean(ratio):.2f} +- {spread:.2f} times as much with "
+    lines.append(f"The gradient of MeanFlow's loss varies {np.mean(ratio):.2f} +- {spread:.2f} times as much with "
                 "eps - x_0 as with the teacher's velocity.")  # fmt: skip
-    print("\n".join(told))
-    write_json(run.folder.path / "ablation.json", {"comparisons": told, "gradient_variance": variances})
+    diverged = [f"{name}-seed{seed}" for name, seed in jobs if run.folder.finished(f"{name}-seed{seed}") is None]
+    lines += [f"{stage} diverged: it has no row." for stage in diverged]
+    print("\n".join(lines))
+    write_json(run.folder.path / "ablation.json", {"comparisons": lines, "gradient_variance": variances})
     plot_ablation(run.folder.path / "ablation.png", rows, run.folder)
     print(f"In {run.folder.path}: ablation.json, ablation.png")
 
@@ -479,20 +478,21 @@ def compare(rows):
     pairs = {"with AWD, a start from TD against none": ("hd", "hd-no-td"),
              "with DMD alone, a start from TD against none": ("dmd", "dmd-no-td"),
              "attention against mean pooling": ("hd", "mean"), "AWD against none": ("hd", "dmd")}  # fmt: skip
-    told = []
+    lines = []
     for what, names in pairs.items():
         for measure, sign in (("frechet", -1), ("recall", 1)):
             groups = [[row[measure] for row in rows if row["what"] == NAMES[name] and row["nfe"] == 1]
                       for name in names]  # fmt: skip
             if min(map(len, groups)) < 2:
-                told.append(f"{what}: {measure} not compared, for that takes two seeds of each")
+                lines.append(f"{what}: {measure} not compared, for that takes two seeds of each")
                 continue
             apart = scipy.stats.ttest_ind(*groups, equal_var=False).pvalue < 0.05
             gain = sign * (np.mean(groups[0]) - np.mean(groups[1]))
             first, second = (f"{np.mean(group):.4f} +- {np.std(group, ddof=1):.4f}" for group in groups)
             verdict = ("better" if gain > 0 else "worse") if apart else "not separated"
-            told.append(f"{what}: {measure} {first} against {second}: {verdict}")
-    return told
+            seeds = " and ".join(str(len(group)) for group in groups)
+            lines.append(f"{what}: {measure} {first} against {second} ({seeds} seeds): {verdict}")
+    return lines
 
 
 def gradient_variance(run, seed, batches=32):
@@ -669,6 +669,8 @@ def dry_run(args, given):
         print(f"The latents of {IMAGENET_IMAGES:,} images take {cache / 1e9:.1f} GB of disk: python data.py --encode "
               f"--data-dir {args.data_dir or 'DIR'} --cache {args.cache or 'CACHE'} --vae {args.vae}")  # fmt: skip
         print("Not in the sum: the VAE (0.3 GB of weights), what passes need only on their way, and what CUDA keeps.")
+        if plans["refine"]["lambda_td"] or plans["refine"]["student_steps"] == 2:
+            print("Not in the sum either: what --lambda-td and --student-steps 2 add to the refinement's activations.")
     for what, published in missing:
         print(f"missing: {what}.")
         if published:
@@ -812,8 +814,8 @@ def bench(args, rounds=3):
 
 
 def variant_name(text):
-    """A type for argparse: names of files and of sections of a run's settings that stage 1 does not have."""
-    taken = ("data", *STAGE_1["default"])
+    """A type for argparse: names of files and of sections of a run's settings that are not taken."""
+    taken = ("data", "scratch", *STAGE_1["default"])
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text) or text.lower() in taken:
         raise argparse.ArgumentTypeError(f"{text!r} is not a name of letters, digits, _.-, or is one of {taken}")
     return text
@@ -850,19 +852,23 @@ def main(arguments=None):
         return
     if args.ablation and (args.data != "glyphs" or args.name != "hd"):
         parser.error("--ablation is of --data glyphs and --name hd: else train each variant with its own --name")
+    if args.ablation and (args.init or args.pooling or args.seed):
+        parser.error("--ablation takes all of --init and --pooling, and --seeds from 0 on: leave the three out")
     with sentences(parser, None if args.ablation or args.dry_run else args.device) as held:
         keys = ("pooling", "init", "lambda_adv", "lambda_td", "student_steps", "batch", "taps")
         given = {(args.name, key): getattr(args, key) for key in keys} | {(args.name, "steps"): args.refine_steps}
         plan = {args.name: PLANS[plan_name(args)]}
         if args.dry_run:
             sys.exit(dry_run(args, given))
-        needs = ["teacher"] if args.data != "imagenet" else ["td"] * (args.init != "teacher")
+        needs = ["teacher"] * (args.data != "imagenet") + ["td"] * (args.init != "teacher")
         with in_turn():
             run = open_run(args, given, plan, needs=needs)
         if args.ablation:
-            run = ImageRun(args, {}, ablation_plan(run.plan["hd"], run.plan["td"]))
+            sections = ablation_plan(run.plan["hd"], run.plan["td"])
+            RunFolder(run.folder.path, sections)  # BadInput where one of them was trained otherwise by hand
+            run = ImageRun(args, {}, sections)
             held.enter_context(alone(run.folder.path))
-            run.load("td", two_times=True)  # or say that it is missing, before anything starts
+            run.load("td", two_times=True)  # or say that it is damaged, before anything starts
             ablation(args, run)
             return
         held.enter_context(alone(run.folder.path))

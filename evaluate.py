@@ -18,7 +18,8 @@ have to be blown up to 299, GlyphJudge asks the same of a small classifier that 
     python evaluate.py --images samples/images --save-npz samples.npz            # for ADM's own evaluator
     python evaluate.py --flops                                                   # what one image costs
 
-Run the same command again to go on where a stopped evaluation was. Results are added to OUT/results.json.
+Run the same command again to go on where a stopped evaluation was. Scores are added to OUT/results.json; the table of
+a run on glyphs replaces the one in its folder.
 One core of an AMD EPYC: 14.7 images/s, an hour for 50,000; 1.1 GB of memory. No GPU was at hand to time.
 DIFFERS: the paper (arXiv 2511.08930) does not name its evaluator; the protocol here is ADM's (arXiv 2105.05233), which
 DiT and SiT used: 50,000 samples with random labels against statistics of the whole training set.
@@ -274,7 +275,7 @@ def load_inception(path=None):
     try:
         net.load_state_dict(models.read_torch_file(path))
     except Exception as error:  # torch has no one type for "this file is something else"
-        reason = " ".join(str(error).split())[:200]
+        reason = data.in_short(error)
         raise BadInput(f"{path} does not hold the weights of FID's InceptionV3 ({reason}).") from error
     return net.eval(), sha
 
@@ -473,7 +474,8 @@ def extract(net, source, folder, *, resize, batch=32, keep=(), device="cpu", tit
 def cached_features(net, weights_sha, source, keep, title, args):
     """`extract`, with its state in a folder of OUT/cache that belongs to these images, weights and rules alone.
     -> features, folder. Bad input leaves no such folder behind."""
-    key = json.dumps([source.identity(), len(source), len(keep), weights_sha, args.resize, args.batch])
+    key = json.dumps([source.identity(), len(source), len(keep), weights_sha, args.resize, args.batch,
+                      torch.__version__, args.device])  # fmt: skip
     folder = args.out / "cache" / hashlib.sha256(key.encode()).hexdigest()[:16]
     options = {"resize": args.resize, "batch": args.batch, "device": args.device}
     folder.mkdir(parents=True, exist_ok=True)
@@ -513,16 +515,16 @@ def open_images(path):
 def open_reference(text, size, glyphs):
     """`glyphs`, a run on glyphs or on a folder, a folder of images, or an npz. Images are taken at `size` px: folders
     are centre-cropped to it, and of glyphs so many are drawn as `glyphs` says. Raises BadInput that names the file."""
-    path, told = Path(text), {"data": text}
+    path, settings = Path(text), {"data": text}
     if (path / "config.json").is_file():
         config = data.read_json(path / "config.json")
-        told = config.get("data") if isinstance(config, dict) else None
-        if not isinstance(told, dict) or told.get("data") != "glyphs" and not told.get("data_dir"):
+        settings = config.get("data") if isinstance(config, dict) else None
+        if not isinstance(settings, dict) or settings.get("data") != "glyphs" and not settings.get("data_dir"):
             raise BadInput(f"{path / 'config.json'} is not the configuration of a run on glyphs or on a folder.")
-        if told.get("size") != size:
-            raise BadInput(f"{path} is a run of {told.get('size')} px images, but those to score have {size} px.")
-        path = Path(told.get("data_dir", ""))
-    if told["data"] == "glyphs":
+        if settings.get("size") != size:
+            raise BadInput(f"{path} is a run of {settings.get('size')} px images, but those to score have {size} px.")
+        path = Path(settings.get("data_dir", ""))
+    if settings["data"] == "glyphs":
         source = data.Glyphs(size, held_out=True, length=glyphs)
         return Reference(f"glyphs, {size} px, held-out stream", {}, source, None)
     if path.is_dir():
@@ -539,10 +541,10 @@ def read_sidecar(images):
     path = Path(images).resolve().parent / SIDECAR
     if not path.exists():
         return dict.fromkeys(SAMPLE_FIELDS, f"unknown (images came without a {SIDECAR})")
-    told = data.read_json(path)
-    if not isinstance(told, dict):
+    sidecar = data.read_json(path)
+    if not isinstance(sidecar, dict):
         raise BadInput(f"{path} does not say how the images beside it were made.")
-    return {field: told.get(field, f"unknown (not in {SIDECAR})") for field in SAMPLE_FIELDS}
+    return {field: sidecar.get(field, f"unknown (not in {SIDECAR})") for field in SAMPLE_FIELDS}
 
 
 def refuse_few(name, source, allow_small):
@@ -649,6 +651,9 @@ def report(row):
 NAMES = {  # the sections of a run's plan that are students, and what tables call them
     "scratch": "MeanFlow on data, no teacher", "dmd-no-td": "DMD, no TD", "dmd": "TD + DMD",
     "mean": "TD + DMD + GAN, mean pooling", "hd-no-td": "DMD + AWD, no TD", "hd": "HD: TD + DMD + AWD"}  # fmt: skip
+VARIANTS = {  # of stage 2: how these sections differ from HD's
+    "hd-no-td": dict(init="teacher"), "dmd-no-td": dict(init="teacher", pooling="none"), "hd": {},
+    "mean": dict(pooling="mean"), "dmd": dict(pooling="none")}  # fmt: skip
 CLASSIFIER_SEED = 2**32 - 1  # of the glyphs that it learns from: the last seed there is, which no run takes by chance
 CLOUD_ROWS = 5000  # images whose features make the clouds of precision and recall; the cost grows with the square
 
@@ -828,6 +833,13 @@ SAMPLE_BATCH = 250
 GUIDANCE = (1.0, 1.25, 1.5, 2.0)  # of the teacher; 1 is none
 
 
+def title(name, section):
+    """What tables call the student of a run's section: by NAMES, if its settings are those of this name."""
+    settings = {"init": "td", "pooling": "attention"} | VARIANTS.get(name, {})
+    others = [f"{key} {section[key]}" for key, value in settings.items() if section.get(key, value) != value]
+    return ", ".join([name, *others]) if others else NAMES.get(name, name)
+
+
 class RunJudge:
     """Measures what a run on glyphs holds, a row for results.json each; a row that was measured once is kept."""
 
@@ -845,73 +857,72 @@ class RunJudge:
         net, accuracy = train_classifier(self.size)
         return {"net": net.state_dict(), "accuracy": accuracy}
 
-    def sample(self, sampler, count, what):
-        """sampler(eps, y) -> x_0 for the first `count` of the judge's noises, a batch at a time."""
-        x, y = torch.zeros(self.eps[:count].shape), self.y.to(self.run.device)
+    def sample(self, sampler, what):
+        """sampler(eps, y) -> x_0 for the judge's noises, a batch at a time."""
+        x, y, count = torch.zeros(self.eps.shape), self.y.to(self.run.device), len(self.y)
         batches = [slice(k, min(k + SAMPLE_BATCH, count)) for k in range(0, count, SAMPLE_BATCH)]
         for rows in data.progress(batches[own_share()], what):
             x[rows] = sampler(self.eps[rows], y[rows])
         data.add_up([x])  # each rank's zeros leave room for the others' images
-        check_finite(f"{what}, seed {self.run.seed}", sample=x)
-        return x, self.y[:count]
+        check_finite(what, sample=x)
+        return x, self.y
 
-    def row(self, what, draw, count, *, seed=0, nfe=0, w=None, net=None):
+    def row(self, what, draw, *, seed=0, nfe=0, w=None, net=None):
         """Add the row of metrics of what draw() returns, (images, labels), made by `net` with guidance w. A row of the
         same network that was measured before is read from the run folder."""
 
         def compute(keep):
             start = time.perf_counter()
             images, labels = draw()
-            ms = 1000 * (time.perf_counter() - start) * world()[1] / count  # of one process
+            ms = 1000 * (time.perf_counter() - start) * world()[1] / self.count  # of one process
             row = {"what": what, "seed": seed, "nfe": nfe, "w": w, **self.judge(images, labels), "ms_per_image": ms,
-                   "fingerprint": self.judge.fingerprint(labels)}  # fmt: skip
+                   "weights": weights_sha(net), "fingerprint": self.judge.fingerprint(labels)}  # fmt: skip
             return {"row": row, "spectrum": power_spectrum(data.to_float(data.to_uint8(images)))}
 
-        name = f"judged-{what}-seed{seed}-nfe{nfe}-w{w}-{count}-{weights_sha(net)}"
+        by = f"{self.count}-of-{self.judge.count}-{self.judge.sha}"
+        name = f"judged-{what}-seed{seed}-nfe{nfe}-w{w}-{by}-{weights_sha(net)}"
         state = self.run.folder.stage(re.sub("[^A-Za-z0-9.-]+", "_", name), compute)
         self.rows.append(state["row"])
         self.spectra.setdefault(what, state["spectrum"])
 
     def data(self):
         """Another draw of the data: how good a perfect sampler would look."""
-        self.row("data against data", lambda: held_out_glyphs(self.size, self.count, seed=1), self.count, seed=1)
+        self.row("data against data", lambda: held_out_glyphs(self.size, self.count, seed=1), seed=1)
 
-    def teacher(self, few_calls=(1, 2, 4, 8), many_calls=50):
-        """The teacher as the students learn from it, by Euler at few calls and by Heun at many; and at many with other
+    def teacher(self):
+        """The teacher as the students learn from it, by Euler at few calls and by Heun at 50; and at 50 with other
         guidance, for its best is what a student has to reach."""
         teacher, own = self.run.load("teacher"), self.run.plan["td"]["w"]
-        rows = [("teacher, Euler", own, calls, partial(sample_euler, steps=calls)) for calls in few_calls]
-        rows += [("teacher, Heun", w, many_calls, partial(sample_ode, steps=many_calls // 2))
-                 for w in dict.fromkeys((own, *GUIDANCE))]  # fmt: skip
+        rows = [("teacher, Euler", own, calls, partial(sample_euler, steps=calls)) for calls in (1, 2, 4, 8)]
+        rows += [("teacher, Heun", w, 50, partial(sample_ode, steps=25)) for w in dict.fromkeys((own, *GUIDANCE))]
         for what, w, calls, sampler in rows:
             teacher.w = w
-            draw = partial(self.sample, partial(sampler, teacher), self.count, what)
-            self.row(what, draw, self.count, nfe=calls, w=w, net=teacher)
+            draw = partial(self.sample, partial(sampler, teacher), what)
+            self.row(what, draw, nfe=calls, w=w, net=teacher)
 
     def student(self, stage, what, seed=0, steps=1):
         """The student of a finished stage, in `steps` calls; returns the student."""
         net = self.run.load(stage, two_times=True)
-        draw = partial(self.sample, partial(sample, net, steps=steps), self.count, what)
-        self.row(what, draw, self.count, seed=seed, nfe=steps, net=net)
+        draw = partial(self.sample, partial(sample, net, steps=steps), f"{what}, seed {seed}")
+        self.row(what, draw, seed=seed, nfe=steps, net=net)
         return net
 
 
 def print_rows(rows):
-    """A table of rows with equal what, nfe, w and images: mean and, where there are several seeds, their spread."""
+    """A table of rows with equal what, nfe and w: mean and, where there are several seeds, their spread."""
     groups = {}
     for row in rows:
-        groups.setdefault((row["what"], row["nfe"], row["w"], row["fingerprint"]["images"]), []).append(row)
+        groups.setdefault((row["what"], row["nfe"], row["w"]), []).append(row)
     columns = ("frechet", "precision", "recall", "class_accuracy", "high_power", "ms_per_image")
-    print(f"{'':32}{'calls':>6}{'w':>6}{'images':>8}{'seeds':>6}" + "".join(f"{name:>18}" for name in columns))
-    for (what, nfe, w, images), group in groups.items():
-        line = f"{what:32}{nfe:6}{w or '':>6}{images:8}{len(group):6}"
+    print(f"{'':32}{'calls':>6}{'w':>6}{'seeds':>6}" + "".join(f"{name:>18}" for name in columns))
+    for (what, nfe, w), group in groups.items():
+        line = f"{what:32}{nfe:6}{w or '':>6}{len(group):6}"
         for name in columns:
             values = [row[name] for row in group]
             spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             line += f"{np.mean(values):.3f}{spread}".rjust(18)
         print(line)
-    fingerprint = {key: value for key, value in rows[-1]["fingerprint"].items() if key != "images"}
-    print("fingerprint:", ", ".join(f"{key} {value}" for key, value in fingerprint.items()))
+    print("fingerprint:", ", ".join(f"{key} {value}" for key, value in rows[-1]["fingerprint"].items()))
 
 
 def evaluate_run(run, count):
@@ -922,12 +933,13 @@ def evaluate_run(run, count):
     grid = {"teacher, 50 calls": partial(sample_ode, run.load_teacher(), steps=25),
             "TD, 1 call": partial(sample, judge.student("td", "TD"))}  # fmt: skip
     for path in sorted(run.folder.path.glob("*-seed*.pt")):
-        name, seed = path.stem.rsplit("-seed", 1)
-        if name in run.plan:
-            for steps in range(1, run.plan[name].get("student_steps", 1) + 1):
-                student = judge.student(path.stem, NAMES.get(name, name), int(seed), steps)
-            if seed == "0":
-                grid[f"{NAMES.get(name, name)}, 1 call"] = partial(sample, student)
+        stage = re.fullmatch(r"(.+)-seed(\d+)", path.stem)
+        if stage and stage[1] in run.plan:
+            name, seed, section = stage[1], int(stage[2]), run.plan[stage[1]]
+            for steps in range(1, section.get("student_steps", 1) + 1):
+                student = judge.student(path.stem, title(name, section), seed, steps)
+            if seed == 0:
+                grid[f"{title(name, section)}, 1 call"] = partial(sample, student)
     if world()[0]:  # the rest is rank 0's
         return judge.rows
     data.write_json(run.folder.path / "results.json", judge.rows)
@@ -978,7 +990,7 @@ class Painter(NamedTuple):
     decode: object  # what is diffused (B, ...) -> images (B, C, H, W) in about [-1, 1]
     shape: tuple  # (C, h, w) of what is diffused
     classes: int
-    told: dict  # for the fingerprint
+    fingerprint: dict  # what samples belong to: sha256 of the files that made them
 
 
 def class_list(text):
@@ -1008,14 +1020,14 @@ def open_painter(args):
             raise BadInput(f"{path} holds neither hd-seed0.pt nor td.pt: train first, or name another --checkpoint")
         path = there[0]
     student = teacher = run = None
-    told = {"vae": None, "vae_scale": None, "checkpoint": None, "teacher": None}
+    fingerprint = {"vae": None, "vae_scale": None, "checkpoint": None, "teacher": None}
     if path is not None:
         if not path.exists():
             raise BadInput(f"{path} is not there: name a finished stage, RUN/td.pt or RUN/hd-seed0.pt")
         run = saved_run(path.parent, args.device)
         settings = run.plan["data"]
         if args.sampler == "student":
-            student, told["checkpoint"] = run.load(path.stem, two_times=True), data.sha256_file(path)
+            student, fingerprint["checkpoint"] = run.load(path.stem, two_times=True), data.sha256_file(path)
         if wants_teacher and settings["data"] != "imagenet":
             teacher, sha256 = run.load("teacher"), data.sha256_file(path.parent / "teacher.pt")
     if wants_teacher and teacher is None:
@@ -1025,13 +1037,13 @@ def open_painter(args):
                            f"--teacher {args.teacher} ({sha256[:8]}...)")  # fmt: skip
         teacher.to(args.device)
     if args.sampler != "student":
-        told["teacher"] = sha256
+        fingerprint["teacher"] = sha256
     if run is None or settings["data"] == "imagenet":
-        vae, told["vae"] = data.load_vae(args.vae)
-        told["vae_scale"] = models.SD_VAE_SCALE
-        if run is not None and told["vae"] != settings["vae sha256"]:
+        vae, fingerprint["vae"] = data.load_vae(args.vae)
+        fingerprint["vae_scale"] = models.SD_VAE_SCALE
+        if run is not None and fingerprint["vae"] != settings["vae sha256"]:
             raise BadInput(f"{path} was trained with another VAE (sha256 {settings['vae sha256'][:8]}...) than --vae "
-                           f"{args.vae} ({told['vae'][:8]}...)")  # fmt: skip
+                           f"{args.vae} ({fingerprint['vae'][:8]}...)")  # fmt: skip
         decode = partial(data.decode_latents, vae.to(args.device), scale=models.SD_VAE_SCALE)
     else:
         decode = run.decode
@@ -1043,7 +1055,7 @@ def open_painter(args):
         shape, classes = (config["in_channels"], config["input_size"], config["input_size"]), config["num_classes"]
     else:
         shape, classes = run.shape, run.classes
-    return Painter(student, teacher, decode, shape, classes, told)
+    return Painter(student, teacher, decode, shape, classes, fingerprint)
 
 
 def paint(painter, sampler, steps, indices, args):
@@ -1075,20 +1087,21 @@ def seconds_now(device):
     return time.perf_counter()
 
 
-def begin_samples(out, count, told):
-    """The folder OUT/images for samples that are as `told` says, and beside it the fingerprint. BadInput if OUT holds
+def begin_samples(out, count, fingerprint):
+    """The folder OUT/images for samples of this fingerprint, which is written beside it. BadInput if OUT holds
     others."""
     folder = out / "images"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"can't make {folder} ({error.strerror}): name another by --out") from error
-    told = json.loads(json.dumps(told))
+    fingerprint = json.loads(json.dumps(fingerprint))
     if (out / SIDECAR).exists():
         was = data.read_json(out / SIDECAR)
         if not isinstance(was, dict):
             raise BadInput(f"{out / SIDECAR} does not say how the images beside it were made: name another by --out")
-        differ = [f"{key} = {was.get(key)!r} there and {told[key]!r} now" for key in told if was.get(key) != told[key]]
+        differ = [f"{key} = {was.get(key)!r} there and {now!r} now" for key, now in fingerprint.items()
+                  if was.get(key) != now]  # fmt: skip
         if differ:
             raise BadInput(f"{out} holds other samples ({', '.join(differ)}): name another by --out")
     elif any(folder.iterdir()):
@@ -1096,7 +1109,7 @@ def begin_samples(out, count, told):
     if (there := sum(path.suffix == ".png" for path in folder.iterdir())) > count:
         raise BadInput(f"{folder} holds {there} images, more than {count}: name another folder, or ask for more")
     if not world()[0]:
-        data.write_json(out / SIDECAR, told)
+        data.write_json(out / SIDECAR, fingerprint)
     return folder
 
 
@@ -1111,14 +1124,14 @@ def sample_images(args):
     if isinstance(args.classes, tuple) and max(args.classes) >= painter.classes:
         raise BadInput(f"--classes names {max(args.classes)}, but the classes are 0 .. {painter.classes - 1}")
     guided = args.sampler != "student"
-    told = painter.told | {
+    fingerprint = painter.fingerprint | {
         "labels": args.classes, "uint8": data.UINT8_RULE, "precision": "bf16" if args.amp == "bf16" else "float32",
         "sampler": args.sampler, "steps": steps, "nfe": steps * (2 if args.sampler == "heun" else 1), "seed": args.seed,
         "guidance": [painter.teacher.w, painter.teacher.cfg_channels] if guided else "baked in", "batch": args.batch,
     }  # fmt: skip
     out = Path(args.out)
     with in_turn():
-        folder = begin_samples(out, args.sample, told)
+        folder = begin_samples(out, args.sample, fingerprint)
     paths = [folder / f"{i:06d}.png" for i in range(args.sample)]
     batches = [range(args.sample)[start : start + args.batch] for start in range(0, args.sample, args.batch)]
     # whole batches, so that a row has the same neighbours and the same rounding, whenever and wherever it is made
@@ -1142,8 +1155,7 @@ def sample_images(args):
     else:
         print("All images were there already.")
     source = data.ImageFolder(folder)
-    images = source.images(range(min(100, len(source))))
-    data.save_grid(out / "grid.png", images, columns=10, zoom=4 if source.size < 64 else 1)
+    data.save_grid(out / "grid.png", source.images(range(min(100, len(source)))), columns=10)
     if args.save_npz:
         data.write_npz(args.save_npz, source)
     if args.speed_up:

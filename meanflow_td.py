@@ -63,7 +63,12 @@ def labelled(y):
     return {} if y is None else {"y": y}
 
 
-# A span is a row of a batch with r < t.
+def pick(y, rows):
+    """Rows of labels y (B,), or None where there are no labels."""
+    return None if y is None else y[rows]
+
+
+# A span is a row of a batch with r < t, from which the student learns to jump; rows with r = t teach it the velocity.
 # DIFFERS: 75 % of the rows are spans, where MeanFlow has 25 % on ImageNet: the boundary r = t is soon learned here.
 SHARE_SPANS = 0.75
 
@@ -76,8 +81,8 @@ def draw_times(batch, generator, *, share_spans=SHARE_SPANS, share_to_data=0.3):
     """
     # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447), we draw uniformly, because a
     # one-step sample starts at t = 1 and ends at r = 0, which logit-normal times all but never reach.
-    # OURS: share_to_data. Sliced W2 of a TD student (checkerboard, width 64, 3,000 steps, seed 0) was 0.05 with 0.3 of
-    # the spans at r = 0, 0.09 with none of them and 0.19 with all, which is consistency distillation (tried by hand).
+    # OURS: share_to_data. Sliced W2 of a TD student was 0.05 with 0.3 of the spans at r = 0, 0.09 with none of them and
+    # 0.19 with all, close to consistency distillation (checkerboard, 3,000 updates, one seed of an earlier version).
     # TRY: share_to_data=1.0, and look at the rows of "TD" in `python toy2d.py --out runs/consistency`
     r, t = torch.rand(batch, 2, generator=generator, device=generator.device).sort(dim=1).values.unbind(1)
     to_data = torch.rand(batch, generator=generator, device=generator.device) < share_to_data
@@ -100,7 +105,7 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
     du_dt = torch.zeros_like(v)
     rows = (r < t).nonzero().squeeze(1)
     if len(rows):
-        label = labelled(None if y is None else y[rows])
+        label = labelled(pick(y, rows))
         x_rows, r_rows, t_rows = x_t[rows].detach(), r[rows], t[rows]
 
         with torch.no_grad(), forward_ad.dual_level():  # the target carries no gradient: forward mode needs no graph
@@ -184,22 +189,18 @@ def sample_euler(velocity, eps, y=None, steps=1):
     return sample(lambda x, *, t, r, **label: velocity(x, t=t, **label), eps, y, steps)
 
 
-@torch.no_grad()
 def sample_ode(velocity, eps, y=None, steps=100):
     """The teacher's samples x_0 (B, ...) from noise eps: Heun's method from t = 1 to t = 0, two calls a step.
 
     velocity(x_t, t=t) -> (B, ...), called with y=y too if y (B,) is given. Raises ValueError for steps < 1.
     """
-    if steps < 1:
-        raise ValueError(f"sampling takes at least 1 step, not {steps}")
-    x = eps
-    for k in range(steps):
-        t = x.new_full((len(x),), 1 - k / steps)
-        r = x.new_full((len(x),), 1 - (k + 1) / steps)
-        v_t = velocity(x, t=t, **labelled(y))
-        v_r = velocity(x - v_t / steps, t=r, **labelled(y))
-        x = x - (v_t + v_r) / (2 * steps)
-    return x
+
+    def heun(x, *, t, r, **label):  # a jump by the mean of the velocities at its two ends
+        v_t = velocity(x, t=t, **label)
+        v_r = velocity(x - v_t / steps, t=r, **label)
+        return (v_t + v_r) / 2
+
+    return sample(heun, eps, y, steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,18 +225,18 @@ def check_finite(where, rows=None, du_dt=None, **terms):
     else:
         return
 
-    def told(value):  # JSON has no NaN
+    def number(value):  # JSON has no NaN
         number = value.item()
         return number if math.isfinite(number) else str(number)
 
-    values = {key: told(value.detach().float().mean()) for key, value in terms.items()}
+    values = {key: number(value.detach().float().mean()) for key, value in terms.items()}
     report = {"where": where, "term": name, "values": values}
     if du_dt is not None:
-        report["du_dt"] = told(du_dt)
+        report["du_dt"] = number(du_dt)
     if rows is not None:
         size = rows["error"].detach().float().abs()
         worst = torch.where(size.isnan(), math.inf, size).argsort(descending=True)[:5].tolist()
-        report["worst rows"] = [{"row": i} | {key: told(column[i]) for key, column in rows.items()} for i in worst]
+        report["worst rows"] = [{"row": i} | {key: number(column[i]) for key, column in rows.items()} for i in worst]
     raise Diverged(f"{where}: {name} is {values[name]}. A lower learning rate may help.", report)
 
 
@@ -261,8 +262,9 @@ def autocast(device, amp):
 
 
 def in_parts(batch, accumulate):
-    """`accumulate` slices for each rank that together are the rows of a batch, every one with its share of the first
-    rows, which are spans (see `draw_times`). -> those of this rank, and what share of the batch each is."""
+    """Splits a batch among ranks and, for each, into `accumulate` parts. A part is every count-th row, so that all have
+    their share of the spans, which come first (see `draw_times`). -> this rank's slices, and what share of the batch
+    each is."""
     count = accumulate * world()[1]
     if count > batch:
         raise BadInput(f"a batch of {batch} can't be taken in {count} parts: lower --accumulate")
@@ -275,11 +277,6 @@ def is_whole(rows):
     return rows.step == 1
 
 
-def pick(y, rows):
-    """Rows of labels y (B,), or None where there are no labels."""
-    return None if y is None else y[rows]
-
-
 def backward_in_parts(net, batch, accumulate, loss_of, context):
     """Make the gradient of a batch's mean loss in net's parameters, part by part: one part's activations at a time.
 
@@ -290,20 +287,20 @@ def backward_in_parts(net, batch, accumulate, loss_of, context):
     loss, terms, parts = 0.0, [], in_parts(batch, accumulate)
     for rows, share in parts:
         with context():
-            part, told = loss_of(rows)
+            part, part_terms = loss_of(rows)
         (part * share).backward()
         loss = loss + part.detach() * share
-        terms.append(told)
+        terms.append(part_terms)
     if is_whole(rows):
         return loss, terms[0]
     # each part writes its terms into its own place and leaves zeros in the others: the sum over ranks has all
     means = {name: loss.new_zeros(accumulate * world()[1]) for name in terms[0] if name != "rows"}
     columns = {key: loss.new_zeros(batch) for key in terms[0].get("rows", ())}
-    for (rows, _), told in zip(parts, terms):
+    for (rows, _), part_terms in zip(parts, terms):
         for name, values in means.items():
-            values[rows.start] = told[name].detach()
+            values[rows.start] = part_terms[name].detach()
         for key, values in columns.items():
-            values[rows] = told["rows"][key].detach()
+            values[rows] = part_terms["rows"][key].detach()
     add_up([*(p.grad for p in net.parameters() if p.grad is not None), loss, *means.values(), *columns.values()])
     # a part without a row of some kind has NaN for its mean: it has no say, unless the loss is not finite itself
     mean = torch.nanmean if loss.isfinite() else torch.mean
@@ -347,8 +344,8 @@ def student_objective(net, x_0, y, eps, generator, *, teacher=None, share_spans=
         # deterministic with a teacher, one noisy draw of it without
         v = eps - x_0 if teacher is None else teacher(x_t, t=t, **labelled(y))
     loss, err = meanflow_loss(net, x_t, v, r=r, t=t, y=y, watch=terms)
-    told = {"r": r, "t": t, "error": err}
-    return loss, {**terms, "raw_error": err.mean(), "v_error": err[r == t].mean(), "rows": told}
+    per_row = {"r": r, "t": t, "error": err}
+    return loss, {**terms, "raw_error": err.mean(), "v_error": err[r == t].mean(), "rows": per_row}
 
 
 def make_optimizers(net, lr, lr_muon=None, betas=(0.9, 0.99)):
@@ -482,6 +479,10 @@ def check_section(section, blocks, accumulate):
     if stage_1 and section["batch"] * section.get("share_spans", SHARE_SPANS) < 1:
         raise BadInput(f"a batch of {section['batch']} has no row with r < t, from which a student learns to jump: "
                        "raise --batch")  # fmt: skip
+    parts = accumulate * world()[1]
+    if section.get("student_steps") == 2 and section["batch"] // parts < 4:
+        raise BadInput(f"a batch of {section['batch']} in {parts} parts leaves less than 4 rows in one, and a student "
+                       "of 2 steps makes 1 row of 4 in 2 calls: lower --accumulate")  # fmt: skip
     if max(section.get("taps", (0,))) >= blocks:
         raise BadInput(f"blocks {tuple(section['taps'])} are to be tapped, and the teacher has {blocks}, counted from "
                        "0: name others by --taps")  # fmt: skip
@@ -526,7 +527,7 @@ class ImageRun:
         self.passes = {"checkpointing": args.checkpointing, "compiling": args.compile}
         plan = PLANS[plan_name(args)] | (more or {})
         opened = self.open(args, plan)
-        # the weakest word first: the plan's, the folder's, --quick's on the network, the flags', the data's
+        # what comes later overrides: PLANS, the folder's config.json, --quick's network, flags, what the data tells
         plan = copy.deepcopy(plan | {"data": {"seed": 0}} | RunFolder(path, {}).config)
         if args.quick:
             plan["network"] = dict(PLANS[plan_name(args)]["network"])
@@ -550,16 +551,16 @@ class ImageRun:
                 raise BadInput("--data folder needs --data-dir, a folder with one folder of images for each class")
             self.source = ImageFolder(args.data_dir, args.size)
             channels, classes = self.source.channels, self.source.classes
-        told = dict(data=args.data, size=args.size, channels=channels, classes=classes)
-        return {"data": told | ({"data_dir": str(Path(args.data_dir).resolve())} if args.data == "folder" else {})}
+        about = dict(data=args.data, size=args.size, channels=channels, classes=classes)
+        return {"data": about | ({"data_dir": str(Path(args.data_dir).resolve())} if args.data == "folder" else {})}
 
     def begin(self, folder, plan):
         """Take a run's folder and its plan."""
-        self.folder, self.plan, told = folder, plan, plan["data"]
-        self.seed, self.classes, self.channels = told["seed"], len(told["classes"]), told["channels"]
-        self.shape = tuple(told.get("latent", (self.channels, told["size"], told["size"])))  # of what is diffused
+        self.folder, self.plan, about = folder, plan, plan["data"]
+        self.seed, self.classes, self.channels = about["seed"], len(about["classes"]), about["channels"]
+        self.shape = tuple(about.get("latent", (self.channels, about["size"], about["size"])))  # of what is diffused
         # the same labels and noise for every grid of samples: of ten classes, or of all if there are less
-        rows, each = min(10, self.classes), 10 if self.shape[1] == told["size"] else -(-20 // min(10, self.classes))
+        rows, each = min(10, self.classes), 10 if self.shape[1] == about["size"] else -(-20 // min(10, self.classes))
         self.grid_y = (torch.arange(rows) * self.classes // rows).repeat_interleave(each).to(self.device)
         self.grid_eps = self.noise(len(self.grid_y), "grid")
 
@@ -583,9 +584,11 @@ class ImageRun:
 
     def network(self, stream, two_times=False, seed=None):
         """A DiT in its wrapper, with random weights that depend on the seed (else the run's) and the stream alone."""
-        build = partial(DiT, self.plan["data"]["size"], in_channels=self.channels, num_classes=self.classes,
-                        two_times=two_times, **self.plan["network"])  # fmt: skip
-        return Teacher(new_network(self.seed if seed is None else seed, stream, build)).to(self.device)
+        sizes = dict(wrapper="Teacher", input_size=self.plan["data"]["size"], in_channels=self.channels,
+                     num_classes=self.classes) | self.plan["network"]  # of ImageNet, the plan has them all
+        wrapper = WRAPPERS[sizes.pop("wrapper")]
+        build = partial(DiT, **sizes, two_times=two_times)
+        return wrapper(new_network(self.seed if seed is None else seed, stream, build)).to(self.device)
 
     def student(self, teacher):
         """A student that answers as its teacher without guidance does, whatever r is."""
@@ -595,8 +598,8 @@ class ImageRun:
         """The frozen network of a finished stage. BadInput if it is not finished."""
         state = self.folder.finished(name)
         if state is None:
-            raise BadInput(f"{self.folder.path} holds no finished {name}: run meanflow_td.py with the same --data "
-                           "first")  # fmt: skip
+            script = "meanflow_td.py" if name in ("teacher", "td") else "dmd_refine.py"
+            raise BadInput(f"{self.folder.path} holds no finished {name}: run {script} with the same --data first")
         net = self.network("", two_times)
         try:
             net.load_state_dict(state["net"])
@@ -638,9 +641,7 @@ class ImageRun:
 
     def save_samples(self, name, x):
         """A grid of samples x (N, C, H, W), ten in a row, to samples/<name>.png."""
-        images = to_uint8(self.decode(x))
-        zoom = 4 if len(images[0]) < 64 else 1
-        save_grid(self.folder.path / "samples" / f"{name}.png", images, columns=10, zoom=zoom)
+        save_grid(self.folder.path / "samples" / f"{name}.png", to_uint8(self.decode(x)), columns=10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -743,8 +744,8 @@ def student_config(teacher, sizes):
 class ImagenetRun(ImageRun):
     """A run on ImageNet, of a published teacher. args has more flags: cache, teacher, vae, preset.
 
-    The student starts from the teacher's weights where it has the teacher's sizes, else from random ones. Random ones
-    get the wrapper of nets that are trained here: a DiT's formula would amplify them 158 times where samples start.
+    The student starts from the teacher's weights where it has the teacher's sizes, else from random ones. With random
+    ones it is wrapped as a plain Teacher, a DiT's student too: DiTTeacher multiplies errors by 158 where samples start.
     Raises BadInput, before anything is written: parts that are missing, and data, VAE or teacher that do not fit.
     """
 
@@ -752,7 +753,8 @@ class ImagenetRun(ImageRun):
         require_parts(args)
         teacher, teacher_sha256 = load_teacher(args.teacher)
         self.teacher, known = teacher.to(self.device), teacher.net.config
-        vae_sha256 = self.take_vae(args.vae)
+        vae, vae_sha256 = load_vae(args.vae)
+        self.vae = vae.to(self.device)
         side, factor = known["input_size"], 2 ** (len(self.vae.encoder.down_blocks) - 1)
         if args.cache:
             self.source = LatentCache(args.cache)
@@ -761,7 +763,7 @@ class ImagenetRun(ImageRun):
                                f"--vae {args.vae} ({vae_sha256[:8]}...): name that one, or encode again")  # fmt: skip
         else:
             folder = ImageFolder(args.data_dir, factor * side)
-            self.source = EncodedFolder(folder, self.vae, vae_sha256=vae_sha256, scale=SD_VAE_SCALE)
+            self.source = EncodedFolder(folder, self.vae, scale=SD_VAE_SCALE)
         shape, classes = (known["in_channels"], side, side), self.source.classes
         place = args.cache or args.data_dir
         if self.source.shape != shape:
@@ -770,26 +772,14 @@ class ImagenetRun(ImageRun):
         if len(classes) != known["num_classes"]:
             raise BadInput(f"{place} has {len(classes)} classes, but the teacher {args.teacher} knows "
                            f"{known['num_classes']}: give the folder that has a folder for each of them")  # fmt: skip
-        told = dict(data="imagenet", preset=plan_name(args), size=factor * side, channels=3, latent=list(shape),
-                    teacher=type(teacher).__name__, classes=classes)  # fmt: skip
-        told |= {"teacher sha256": teacher_sha256, "vae sha256": vae_sha256}
-        return {"data": told, "network": student_config(self.teacher, plan["network"])}
-
-    def take_vae(self, name):
-        """Load the VAE, and return its sha256."""
-        vae, sha256 = load_vae(name)
-        self.vae = vae.to(self.device)
-        return sha256
+        about = dict(data="imagenet", preset=plan_name(args), size=factor * side, channels=3, latent=list(shape),
+                     teacher=type(teacher).__name__, classes=classes)  # fmt: skip
+        about |= {"teacher sha256": teacher_sha256, "vae sha256": vae_sha256}
+        return {"data": about, "network": student_config(self.teacher, plan["network"])}
 
     def decode(self, x):
         """Images (B, 3, H, W) in about [-1, 1] of latents x (B, C, h, w)."""
         return decode_latents(self.vae, x, SD_VAE_SCALE)
-
-    def network(self, stream, two_times=False, seed=None):
-        config = dict(self.plan["network"])
-        wrapper = WRAPPERS[config.pop("wrapper")]
-        build = partial(DiT, **config, two_times=two_times)
-        return wrapper(new_network(self.seed if seed is None else seed, stream, build)).to(self.device)
 
     def student(self, teacher):
         same = self.plan["network"] == {"wrapper": type(teacher).__name__, **teacher.net.config}
@@ -812,8 +802,7 @@ def saved_run(path, device):
         raise BadInput(f"{path} is no run folder: it has no config.json")
     folder = RunFolder(path, {})
     try:
-        kind = ImagenetRun if folder.config["data"]["data"] == "imagenet" else ImageRun
-        run = kind.__new__(kind)
+        run = ImageRun.__new__(ImageRun)
         run.device = torch.device(device)
         run.begin(folder, folder.config)
     except (KeyError, TypeError) as error:
@@ -885,6 +874,8 @@ def main(arguments=None):
     check_training(parser, args)
     if args.cfg_channels and args.data != "imagenet":
         parser.error("--cfg-channels is of --data imagenet, whose latents have 4")
+    if args.teacher_steps and args.data == "imagenet":
+        parser.error("--teacher-steps is for teachers that are trained here: that of --data imagenet is published")
     given = {("data", "seed"): args.seed, ("td", "steps"): args.td_steps, ("td", "w"): args.w,
              ("td", "batch"): args.batch, ("td", "cfg_channels"): args.cfg_channels}  # fmt: skip
     if args.data != "imagenet":
@@ -902,9 +893,8 @@ def main(arguments=None):
                       section="teacher", sampler=partial(sample_ode, steps=25))  # fmt: skip
         teacher = run.load_teacher()
         run.set_passes(teacher)
-        objective = partial(student_objective, teacher=teacher)
-        if "share_spans" in run.plan["td"]:
-            objective = partial(objective, share_spans=run.plan["td"]["share_spans"])
+        spans = run.plan["td"].get("share_spans", SHARE_SPANS)
+        objective = partial(student_objective, teacher=teacher, share_spans=spans)
         run.train("td", run.student(teacher), objective, section="td", sampler=sample)
         print(f"In {run.folder.path}: {'' if args.data == 'imagenet' else 'teacher.pt, '}td.pt, metrics.csv, and grids "
               f"in samples/. Next: python dmd_refine.py --data {args.data}")  # fmt: skip

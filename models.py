@@ -483,10 +483,9 @@ def student_from_teacher(net):
     Only the first layer of the new embedder is random (torch's global generator). The student stands in its teacher's
     convention: wrap it as its teacher is wrapped, type(teacher)(student_from_teacher(teacher.net)).
     """
-    with net.pos_embed.device:
-        student = DiT(**net.config, two_times=True)
+    student = DiT(**net.config, two_times=True)  # on the CPU, whose random numbers are the same everywhere
     student.load_state_dict({**student.state_dict(), **net.state_dict()})  # the teacher may be in bf16
-    return student
+    return student.to(net.pos_embed.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

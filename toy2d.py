@@ -496,10 +496,10 @@ def plot_unified(path, results):
 def report(stages):
     """Results, metrics, pictures and tables of all that the run folder holds; the story's picture is of one seed."""
     run, judge, plan, seed = stages.run, stages.judge, stages.plan, stages.seed
-    told = [*story(stages), *unify(stages)]  # in this order
-    states = {name: state for name, state in run.stages().items() if name.split("-", 1)[-1] in told}
+    order = [*story(stages), *unify(stages)]  # in this order
+    states = {name: state for name, state in run.stages().items() if name.split("-", 1)[-1] in order}
     states = dict(sorted(states.items(), key=lambda item: (
-        item[1]["result"]["seed"], told.index(item[0].split("-", 1)[1]))))  # fmt: skip
+        item[1]["result"]["seed"], order.index(item[0].split("-", 1)[1]))))  # fmt: skip
     results = [state["result"] for state in states.values()]
     write_json(run.path / "results.json", results)
     run.write_metrics([row for state in states.values() for row in state["rows"]])

@@ -129,11 +129,13 @@ def run_saving(script, *arguments, die=("", 0)):
 def broken(module, *replacements):
     """A copy of one of our modules with (old, new) replaced in its source: what a test must be able to catch.
 
-    Every `old` has to stand in the source exactly once, so that a mutation can't silently stop mutating.
+    Every `old` has to stand in the source exactly once, so that a mutation can't silently stop mutating: a LookupError
+    is no error that tests expect of broken code.
     """
     source = Path(module.__file__).read_text()
     for old, new in replacements:
-        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {module.__file__}"
+        if source.count(old) != 1:
+            raise LookupError(f"{old!r} stands {source.count(old)} times in {module.__file__}")
         source = source.replace(old, new)
     copy = types.ModuleType(module.__name__)
     exec(compile(source, f"broken {module.__name__}", "exec"), copy.__dict__)

@@ -12,7 +12,8 @@ from helpers import ROOT, broken, tiny_teacher
 
 import awd
 import dmd_refine
-from evaluate import NAMES
+from evaluate import NAMES, title
+import meanflow_td
 from models import student_from_teacher
 
 # --- The plan --------------------------------------------------------------------------------------------------------
@@ -28,6 +29,58 @@ def test_variants_differ_in_what_they_are_named_for_and_share_the_budget():
     for name, section in sections.items():
         without_td = name in ("hd-no-td", "dmd-no-td", "scratch")
         assert section["steps"] == plan["steps"] + 700 * without_td, name
+
+
+def test_tables_name_students_by_their_settings():
+    plan = dmd_refine.PLANS["default"]
+    for name, section in dmd_refine.ablation_plan(plan, dict(steps=700, batch=64, lr=1e-3, clip=1.0, w=1.0)).items():
+        assert title(name, section) == NAMES[name]
+    assert title("two", plan) == "two" and title("hd", plan | {"pooling": "none"}) == "hd, pooling none"
+    assert title("mean", plan | {"init": "teacher"}) == "mean, init teacher, pooling attention"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_each_variant_is_trained_by_what_its_name_says(tmp_path, monkeypatch):
+    """Starts, guidance, pooling and updates of all jobs, whose training is replaced by a recorder."""
+    jobs = {}
+
+    def refine(student, teacher, fake, draw, *, name, steps, discriminator=None, **settings):
+        pooling = None if discriminator is None else {head.pooling for head in discriminator.heads}
+        jobs[name] = weights(student), teacher.w, fake.w, weights(fake), pooling, steps
+        return student, []
+
+    def train(net, draw, objective, *, name, steps, **settings):
+        jobs[name] = weights(net), objective, steps
+        return net, []
+
+    def weights(net):
+        return {key: value.clone() for key, value in net.state_dict().items()}
+
+    def agree(a, b):
+        return all(torch.equal(a[key], b[key]) for key in a.keys() & b.keys())
+
+    out = ["--quick", "--out", str(tmp_path)]
+    meanflow_td.main([*out, "--teacher-steps", "1", "--td-steps", "5", "--w", "1.5"])
+    monkeypatch.setattr(dmd_refine, "refine", refine)
+    monkeypatch.setattr(meanflow_td, "train", train)
+    monkeypatch.setattr(dmd_refine, "side_by_side", lambda job, jobs, *_, **__: [job(*one) for one in jobs])
+    monkeypatch.setattr(dmd_refine, "attention_weights", lambda *_, **__: (torch.zeros(8, 1, 16, 16), ()))
+    monkeypatch.setattr(dmd_refine, "plot_attention", lambda *_, **__: None)
+    monkeypatch.setattr(dmd_refine, "evaluate_run", lambda *_: [])
+    monkeypatch.setattr(dmd_refine, "gradient_variance", lambda run, seed: {"data": 1.0, "teacher": 1.0})
+    monkeypatch.setattr(dmd_refine, "plot_ablation", lambda *_: None)
+    dmd_refine.main([*out, "--ablation", "--seeds", "1", "--refine-steps", "7"])
+    teacher, td = (torch.load(tmp_path / f"{name}.pt", weights_only=True)["net"] for name in ("teacher", "td"))
+    start, objective, steps = jobs.pop("scratch-seed0")
+    assert objective is meanflow_td.student_objective and steps == 12  # which without a teacher learns from eps - x_0
+    assert not agree(start, td) and not agree(start, teacher)
+    expected = {"hd": (td, {"attention"}, 7), "mean": (td, {"mean"}, 7), "dmd": (td, None, 7),
+                "hd-no-td": (teacher, {"attention"}, 12), "dmd-no-td": (teacher, None, 12)}  # fmt: skip
+    assert jobs.keys() == {f"{name}-seed0" for name in expected}
+    for name, (origin, pooling, steps) in expected.items():
+        student, w, w_fake, fake, *rest = jobs[f"{name}-seed0"]
+        assert agree(student, origin) and agree(fake, teacher) and (w, w_fake) == (1.5, 1.0), name
+        assert rest == [pooling, steps], name
 
 
 # --- The comparisons -------------------------------------------------------------------------------------------------
@@ -57,6 +110,7 @@ def check_verdicts(module):
 
 def test_rows_are_told_apart_by_their_spread_and_one_seed_tells_nothing():
     check_verdicts(dmd_refine)
+    assert "(3 and 2 seeds)" in dmd_refine.compare(rows_of(hd=(0.1, 0.2, 0.3), hd_no_td=(0.9, 0.8)))[0]
     line = dmd_refine.compare(rows_of(hd=(0.1,), hd_no_td=(0.9,)))[0]
     assert line.endswith("not compared, for that takes two seeds of each")
     recall = [line for line in dmd_refine.compare(rows_of(hd=(0.1, 0.11), hd_no_td=(0.5, 0.51))) if "recall" in line]

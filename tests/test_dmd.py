@@ -11,7 +11,7 @@ import meanflow_td
 from awd import AdaptiveWeightedDiscriminator
 from data import GaussianMixture, rng
 from meanflow_td import generate, sample, teacher_objective, train
-from models import VelocityMLP, frozen_copy, score_from_velocity
+from models import VelocityMLP, add_noise, frozen_copy, score_from_velocity
 
 REAL = GaussianMixture(torch.tensor([[0.5]], dtype=torch.float64), 0.6)  # one component each: plain Gaussians, in 1D
 MEAN, LOG_STD = 1.1, -0.4  # of the generator: x_gen = mean + exp(log_std) z
@@ -163,6 +163,30 @@ def test_a_leak_is_caught(old, new, images):
         module = broken(dmd_refine, (old, new), ("(x_gen - grad).detach()", "(x_gen.detach() - grad)"))
     with pytest.raises((AssertionError, RuntimeError)):
         check_routing(module, images)
+
+
+def check_sides(module):
+    """After some updates the discriminator gives data the higher logit."""
+    _, teacher, _, discriminator, eps, noise, x_data, y, t = cast(images=True)
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-2)
+    x_data, x_gen = x_data.abs(), -eps.abs()
+    noise, t = torch.cat([noise, noise]), torch.full((32,), 0.1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss, terms = module.discriminator_loss(discriminator, teacher, x_data, x_gen, y, noise, t, taps=(0, 1))
+        loss.backward()
+        optimizer.step()
+    features = [teacher.features(add_noise(x, noise[:16], t[:16]), t=t[:16], y=y, taps=(0, 1)) for x in (x_data, x_gen)]
+    logit_data, logit_gen = (discriminator(f).mean() for f in features)
+    assert logit_data > logit_gen + 0.1 and terms["accuracy"] > 0.7 and terms["logit_data"] > terms["logit_gen"]
+
+
+def test_the_discriminator_learns_which_side_is_data():
+    check_sides(dmd_refine)
+    for old, new in [("logit_data, logit_gen = disc", "logit_gen, logit_data = disc"),
+                     ("torch.cat([x_data, x_gen.detach()])", "torch.cat([x_gen.detach(), x_data])")]:  # fmt: skip
+        with pytest.raises(AssertionError):
+            check_sides(broken(dmd_refine, (old, new)))
 
 
 @pytest.mark.parametrize("images", [False, True])

@@ -358,10 +358,10 @@ def test_samples_that_are_not_finite_are_never_drawn_or_judged(tmp_path):
     with pytest.raises(Diverged, match="judging: sample is nan"):
         toy2d.in_blocks(lambda eps: eps * math.inf, torch.zeros(3, 2))
     judge = evaluate.RunJudge.__new__(evaluate.RunJudge)
-    judge.run = type("Run", (), {"seed": 7, "device": "cpu"})
+    judge.run = type("Run", (), {"device": "cpu"})
     judge.eps, judge.y = torch.zeros(4, 1, 8, 8), torch.zeros(4)
     with pytest.raises(Diverged, match="TD, seed 7: sample is nan"):
-        judge.sample(lambda eps, y: x, 4, "TD")
+        judge.sample(lambda eps, y: x, "TD, seed 7")
 
 
 def test_the_share_of_clipped_gradients_is_logged_and_survives_a_stop(tmp_path, each_step):

@@ -2,6 +2,7 @@
 
 import io
 import math
+import types
 
 import numpy as np
 from PIL import Image
@@ -286,6 +287,20 @@ def test_classifier_out_of_a_run_folder_judges_alike(recipe, judge, other, floor
     again = evaluate.GlyphJudge(net, SIZE, COUNT)
     assert again(*other) == floor and again.sha == judge.sha
     np.testing.assert_array_equal(again.spectrum, judge.spectrum)
+
+
+def test_the_teacher_is_judged_at_few_calls_and_at_many_with_all_guidance():
+    net = types.SimpleNamespace(w=None)
+    judge = evaluate.RunJudge.__new__(evaluate.RunJudge)
+    judge.run = types.SimpleNamespace(load=lambda name: net, plan={"td": {"w": 1.5}})
+    judge.sample = lambda sampler, what: (sampler.func, sampler.args, sampler.keywords, net.w)
+    rows = []
+    judge.row = lambda what, draw, *, nfe, w, net: rows.append((what, nfe, w, draw(), net))
+    judge.teacher()
+    euler, heun = evaluate.sample_euler, evaluate.sample_ode
+    assert rows == [
+        *(("teacher, Euler", calls, 1.5, (euler, (net,), {"steps": calls}, 1.5), net) for calls in (1, 2, 4, 8)),
+        *(("teacher, Heun", 50, w, (heun, (net,), {"steps": 25}, w), net) for w in (1.5, 1.0, 1.25, 2.0))]  # fmt: skip
 
 
 def test_judge_refuses(judge, other):

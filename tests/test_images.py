@@ -34,13 +34,13 @@ def test_a_grid_shows_every_image_at_its_place(tmp_path):
     for channels in (1, 3):
         images = np.random.default_rng(0).integers(1, 256, (7, 5, 4, channels), np.uint8)
         path = tmp_path / "new" / f"{channels}.png"
-        data.save_grid(path, images, columns=3, zoom=2)
+        data.save_grid(path, images, columns=3)
         with Image.open(path) as file:
-            sheet = np.asarray(file).reshape(3 * 10, 3 * 8, channels)
+            sheet = np.asarray(file).reshape(3 * 20, 3 * 16, channels)
         for i in range(9):
             row, column = divmod(i, 3)
-            tile = sheet[10 * row:10 * row + 10, 8 * column:8 * column + 8]
-            expected = images[i].repeat(2, axis=0).repeat(2, axis=1) if i < 7 else 0 * tile  # the last row is not full
+            tile = sheet[20 * row:20 * row + 20, 16 * column:16 * column + 16]
+            expected = images[i].repeat(4, axis=0).repeat(4, axis=1) if i < 7 else 0 * tile  # the last row is not full
             np.testing.assert_array_equal(tile, expected)
 
 

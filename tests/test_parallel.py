@@ -116,7 +116,7 @@ def encoding(root, cache):
 def test_some_rows_of_a_draw_are_those_of_the_whole(made):
     folder = data.ImageFolder(made / "train", size=SIZE)
     sources = [data.Glyphs(16), folder, data.LatentCache(made / "cache"),
-               data.EncodedFolder(folder, tiny_vae(), vae_sha256="", scale=0.18215)]  # fmt: skip
+               data.EncodedFolder(folder, tiny_vae(), scale=0.18215)]  # fmt: skip
     for source in sources:
         generator = data.rng(0, "draw")
         whole = source.draw(7, generator)

@@ -149,7 +149,7 @@ def test_a_loop_that_goes_on_ends_with_the_same_bits(name, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("module, fit, old, new", [
-    (meanflow_td, fit_teacher, ', "ema": ema, ', ', '),
+    (meanflow_td, fit_teacher, ', "ema": ema}', '}'),
     (meanflow_td, fit_teacher, 'for i, (optimizer, _) in enumerate(optimizers)}', 'for i, optimizer in []}'),
     (meanflow_td, fit_teacher, "keep.save(parts, step + 1, rows)", "keep.save(parts, step, rows)"),
     (dmd_refine, fit_refined, 'for i, net in enumerate(players)}', 'for i, net in enumerate(players[:2])}'),
@@ -300,6 +300,12 @@ def test_what_is_missing_gets_one_sentence(tmp_path, capsys, begun):
     assert f"{run} holds no finished td: run meanflow_td.py" in refuse(capsys, "dmd_refine.py", "--quick", "--out", run)
     said = refuse(capsys, "evaluate.py", "--data", "glyphs", "--quick", "--out", run)
     assert f"{run} holds no finished td: run meanflow_td.py" in said
+    new.mkdir()
+    shutil.copy(begun / "teacher.pt", new)
+    assert f"{new} holds no finished td" in refuse(capsys, "dmd_refine.py", "--quick", "--out", new)
+    assert [path.name for path in new.iterdir()] == ["teacher.pt"]  # free for --w
+    with pytest.raises(data.BadInput, match="no finished hd-seed1: run dmd_refine.py"):
+        meanflow_td.saved_run(begun, "cpu").load("hd-seed1", two_times=True)
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path, capsys, begun):
@@ -326,6 +332,11 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, capsys, begun):
     (run / "config.json").write_text(json.dumps(config))
     said = refuse(capsys, "dmd_refine.py", "--quick", "--out", run, "--lambda-adv", "0.2")
     assert "(of hd: lambda_adv = 0.3 there and 0.2 now)" in said
+    del config["hd"]
+    config["mean"] = dmd_refine.PLANS["quick"]  # by hand, and without --pooling mean
+    (run / "config.json").write_text(json.dumps(config))
+    said = refuse(capsys, "dmd_refine.py", "--quick", "--out", run, "--ablation")
+    assert "(of mean: pooling = 'attention' there and 'mean' now" in said
 
 
 def test_a_teacher_may_be_copied_into_a_run_with_other_students(tmp_path, capsys, begun):
@@ -354,7 +365,9 @@ def test_settings_that_can_not_be_are_refused_before_the_folder_takes_them(tmp_p
     said = refuse(capsys, "dmd_refine.py", "--quick", "--out", run, "--taps", "0", "2")
     assert "blocks (0, 2) are to be tapped, and the teacher has 2" in said
     said = refuse(capsys, "dmd_refine.py", "--quick", "--out", run, "--batch", "4", "--accumulate", "5")
-    assert "a batch of 4 can't be taken in 5 parts" in said and snapshot(run) == before
+    assert "a batch of 4 can't be taken in 5 parts" in said
+    said = refuse(capsys, "dmd_refine.py", "--quick", "--out", run, "--student-steps", "2", "--accumulate", "9")
+    assert "a batch of 32 in 9 parts leaves less than 4 rows" in said and snapshot(run) == before
     refuse(capsys, "meanflow_td.py", "--quick", "--out", new, "--batch", "4", "--accumulate", "5")
     said = refuse(capsys, "meanflow_td.py", "--quick", "--out", new, "--batch", "1")
     assert "a batch of 1 has no row with r < t" in said and not list(new.iterdir())
@@ -383,6 +396,8 @@ def test_samples_of_two_teachers_are_not_taken_for_one_anothers(tmp_path, capsys
 class Mean:
     """Stands in for the judge of glyphs."""
 
+    count, sha = 8, "1"
+
     def __call__(self, images, labels):
         return {"mean": images.mean().item()}
 
@@ -394,13 +409,17 @@ def test_rows_of_the_table_are_those_of_the_networks_that_are_there(tmp_path, be
     run = meanflow_td.saved_run(begun, "cpu")
     run.folder = data.RunFolder(tmp_path / "run", {})
     judge = evaluate.RunJudge.__new__(evaluate.RunJudge)
-    judge.run, judge.rows, judge.spectra, judge.judge = run, [], {}, Mean()
+    judge.run, judge.rows, judge.spectra, judge.judge, judge.count = run, [], {}, Mean(), 2
     net = run.network("student", two_times=True)
     for value in (1.0, 2.0, 2.0):
         torch.nn.init.constant_(next(net.parameters()), value)
-        judge.row("TD", lambda: (torch.full((2, 1, 16, 16), value), torch.zeros(2)), 2, net=net)
+        judge.row("TD", lambda: (torch.full((2, 1, 16, 16), value), torch.zeros(2)), net=net)
         assert judge.rows[-1]["mean"] == value
-    judge.row("TD", None, 2, net=net)  # measured already
+    judge.row("TD", None, net=net)  # measured already
+    for key, value in (("count", 9), ("sha", "2")):  # but not by this judge
+        setattr(judge.judge, key, value)
+        with pytest.raises(TypeError):
+            judge.row("TD", None, net=net)
 
 
 def test_settings_that_are_not_given_are_those_of_the_run(begun):
@@ -412,7 +431,8 @@ def test_settings_that_are_not_given_are_those_of_the_run(begun):
 @pytest.mark.parametrize("damaged", ["[1, 2]", '{"data": ', '{"data": "glyphs"}'])
 def test_a_config_that_is_none_is_refused(tmp_path, capsys, damaged, begun):
     (tmp_path / "config.json").write_text(damaged)
-    shutil.copy(begun / "teacher.pt", tmp_path)
+    for stage in ("teacher.pt", "td.pt"):
+        shutil.copy(begun / stage, tmp_path)
     for script in ("meanflow_td.py", "dmd_refine.py"):
         assert "config.json" in refuse(capsys, script, "--quick", "--out", tmp_path)
     assert (tmp_path / "config.json").read_text() == damaged
@@ -440,6 +460,11 @@ def test_other_folders_and_files_are_left_alone(tmp_path, capsys):
     ("dmd_refine.py", ["--student-steps", "3"], "invalid choice: 3"),
     ("dmd_refine.py", ["--name", "td"], "'td' is not a name of letters"),
     ("dmd_refine.py", ["--name", "TD"], "'TD' is not a name of letters"),
+    ("dmd_refine.py", ["--name", "scratch"], "'scratch' is not a name of letters"),
+    ("dmd_refine.py", ["--ablation", "--pooling", "mean"], "--ablation takes all of"),
+    ("dmd_refine.py", ["--ablation", "--init", "td"], "--ablation takes all of"),
+    ("dmd_refine.py", ["--ablation", "--seed", "1"], "--ablation takes all of"),
+    ("meanflow_td.py", ["--data", "imagenet", "--teacher-steps", "3"], "--teacher-steps is for teachers that are"),
     ("dmd_refine.py", ["--ablation", "--name", "foo"], "--ablation is of --data glyphs and --name hd"),
     ("dmd_refine.py", ["--ablation", "--data", "folder", "--data-dir", "x"], "--ablation is of --data glyphs and"),
     ("meanflow_td.py", ["--data", "folder", "--data-dir", "x", "--cfg-channels", "1"], "is of --data imagenet"),
@@ -490,7 +515,10 @@ def test_the_chain(tmp_path, capsys):
     judged = [(row["what"], row["seed"], row["nfe"]) for row in rows]
     assert judged[0][0] == "data against data" and all(what.startswith("teacher") for what, _, _ in judged[1:-4])
     assert judged[-4:] == [("TD", 0, 1), ("HD: TD + DMD + AWD", 0, 1), ("two", 12, 1), ("two", 12, 2)]
-    assert {row["fingerprint"]["features"] for row in rows} == {rows[0]["fingerprint"]["features"]}
+    assert {json.dumps(row["fingerprint"]) for row in rows} == {json.dumps(rows[0]["fingerprint"])}
+    images = rows[0]["fingerprint"]["images"]
+    assert rows[0]["fingerprint"]["reference"].startswith(f"{4 * images} held-out glyphs")
+    shutil.copy(out / "hd-seed0.pt", out / "hd-seed0-mine.pt")  # is no seed of HD
     assert all(np.isfinite(row["frechet"]) and row["what"] in said[-1] for row in rows)
     assert (out / "grid.png").exists() and (out / "spectrum.png").exists()
     before = snapshot(out)
