@@ -30,7 +30,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 class TokenHead(nn.Module):
-    """One logit for one layer's tokens (B, N, C), pooled by attention or by the mean."""
+    """One logit for some tokens (B, N, C), pooled by attention or by the mean: (B,)."""
 
     def __init__(self, dim, pooling):
         super().__init__()
@@ -61,7 +61,7 @@ class TokenHead(nn.Module):
 
 
 class AdaptiveWeightedDiscriminator(nn.Module):
-    """A head for each tapped layer of the frozen teacher.
+    """A head for each tapped layer of the frozen teacher; in 2D one head, whose tokens are the tapped layers.
 
     dims: the channels C of each layer. pooling: "attention" (AWD) or "mean" (the baseline).
     features: a list of (B, N, C), one a layer -> logits (B, len(dims)), positive for data.

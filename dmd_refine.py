@@ -9,8 +9,9 @@ difference of two scores (Yin et al., arXiv 2311.18828):
     x_t   = (1 - t) x_gen + t noise                   t in [0.02, 0.98]
     x0_real = x_t - t v_real(x_t, t)                  the frozen teacher's guess of the clean sample
     x0_fake = x_t - t v_fake(x_t, t)                  that of the fake branch, which knows the STUDENT's distribution
-    grad  = (x0_fake - x0_real) / mean|x_gen - x0_real|            s_real - s_fake = (1 - t)/t^2 (x0_real - x0_fake)
+    grad  = (x0_fake - x0_real) / mean|x_gen - x0_real|
 
+since a score is -(x_t - (1 - t) x0_guess)/t^2, and so score_fake - score_real = (1 - t)/t^2 (x0_fake - x0_real).
 The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen, several updates for
 each of the student's. It is always a little late, and the two scores only tell where the samples of student and teacher
 overlap; so a student had better start close to the teacher, which is the paper's reason for stage 1 (see the README for
@@ -83,8 +84,8 @@ def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake, normalize=True):
     x_gen, its noised x_t, and both velocities at (x_t, t): (B, ...); t (B,). Returns (B, ...).
     Multiplied by (1 - t)^2/t^2 instead of normalised, and averaged over the noise, this is the exact gradient of
     KL(p_gen,t || p_real,t) by x_gen, if both velocities are exact: a score is -(x_t - (1 - t) x0_guess)/t^2, and x_t
-    moves by 1 - t as x_gen moves by 1. The normaliser gives all noise levels about the same weight instead. PRIOR: it
-    is that of DMD (arXiv 2311.18828, eq. 8), whose other factor, 1 - t, DMD2's code leaves out, as we do.
+    moves by 1 - t as x_gen moves by 1. The normaliser gives all noise levels about the same weight instead. PRIOR:
+    the normaliser of DMD (arXiv 2311.18828, eq. 8), whose other factor, 1 - t, DMD2's code leaves out, as we do.
     """
     x0_real = x0_from_velocity(x_t, t, v_real)
     x0_fake = x0_from_velocity(x_t, t, v_fake)
@@ -178,7 +179,7 @@ def both_halves(x, rows):
     return torch.cat([half[rows] for half in x.chunk(2)])
 
 
-SHARE_ONE_CALL = 0.75  # OURS: of the rows of a student of 2 steps; the answer in 1 call is the harder one
+SHARE_ONE_CALL = 0.75  # OURS: this share of the rows of a student of 2 steps; one call is harder to learn than two
 
 
 def by_calls(x, steps):
@@ -224,8 +225,8 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     generator) -> x_data (batch, ...), y (batch,) or None. discriminator: an awd.AdaptiveWeightedDiscriminator for the
     layers `taps` of the teacher, or None; trained in place. lambda_td: weight of stage 1's loss, kept on (with
     SHARE_SPANS). student_steps: 1, or 2 for a student that can do both (a DiT with labels). fake_updates: of the fake
-    branch for each of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2, since these networks learn
-    fast). Learning rates are peaks; lr_muon of student and fake branch, see `meanflow_td.make_optimizers`. seed,
+    branch for each of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2 for each, since these
+    networks learn fast). Learning rates are peaks; lr_muon of student and fake branch, see `meanflow_td.make_optimizers`. seed,
     stream, name, clip, ema_decay, amp, accumulate, keep: as in `meanflow_td.train`; the discriminator's gradient in
     parts is that of a batch but for its spectral norms, which each pass brings a step further; look(step, ema, fake).
     Raises data.Diverged when a loss, a gradient or a sample is not finite.
@@ -233,7 +234,8 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     device = next(student.parameters()).device
     branch = fake if student_steps == 1 else FakeByCalls(fake, student_steps)
     players = [student, branch] + ([] if discriminator is None else [discriminator])
-    # PRIOR: no momentum in Adam between players that chase each other (Brock et al., arXiv 1809.11096). OURS: 0.99
+    # PRIOR: no momentum in Adam between players that chase each other (Brock et al., arXiv 1809.11096).
+    # OURS: beta_2 = 0.99
     rates = zip(players, (lr, lr_fake, lr_discriminator), (lr_muon, lr_muon, None))
     optimizers = [make_optimizers(*rate, betas=(0.0, 0.99)) for rate in rates]  # a list for each player
     ema, first, rows = frozen_copy(student), 0, []

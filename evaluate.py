@@ -645,7 +645,7 @@ def report(row):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Small images without a download: a classifier of glyphs takes Inception's place. What it says compares only with what
-# the same weights said, so every row names them. OURS: all of it; the paper shows no images this small.
+# the same weights said, so every row names them. OURS: the whole judge of glyphs; the paper shows no images this small.
 # ---------------------------------------------------------------------------------------------------------------------
 
 NAMES = {  # the sections of a run's plan that are students, and what tables call them

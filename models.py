@@ -120,7 +120,7 @@ class VelocityMLP(nn.Module):
         if self.two_times:
             # OURS: minus the features of no duration, so that at r = t this part is silent and the network is a
             # velocity field. Left in, their cosines of 1 act as a second bias: sliced W2 of a TD student 0.20 instead
-            # of 0.08 (by hand, on a prototype: checkerboard, width 64, 3,000 steps at 1e-3, one seed).
+            # of 0.08 (by hand, on a prototype: checkerboard, width 64, 3,000 updates at 1e-3, one seed).
             duration = sinusoids((t - r)[:, None], self.time_frequencies)
             none = sinusoids(torch.zeros_like(t)[:, None], self.time_frequencies)
             time = time + self.embed_duration(duration - none)
@@ -390,7 +390,7 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """PRIOR: DiT's. Xavier for linear layers, normal(0, 0.02) for embedders, zero for adaLN and the last layer."""
+        """PRIOR: as DiT's: Xavier for linear layers, normal(0, 0.02) for embedders, zero for adaLN and the last one."""
         for layer in self.modules():
             if isinstance(layer, (Linear, nn.Conv2d)):  # the patch layer is a linear layer on flattened patches
                 nn.init.xavier_uniform_(layer.weight.view(len(layer.weight), -1))
@@ -607,7 +607,7 @@ class DiTTeacher(Teacher):
     Between two steps, k is linear in the log-SNR, log(alpha^2 / sigma^2) = 2 log((1 - t) / t). The steps cover
     t in [t_0, t_999] = [0.0099, 0.9937]. Outside, the velocity is that at the nearest end: t is clamped in all of
     the above. For unit Gaussian data this is wrong by 2.0e-4 |x| at t = 0 and by 8e-5 |x| at t = 1.
-    OURS: the clamp and the interpolation; the published sampler uses whole k only.
+    OURS: the clamp and the interpolation of the clock; the published sampler uses whole k only.
 
     At t_999 an error of eps_hat grows 158 times. So the net runs outside autocast, and the rest is done in float32 at
     least. A net of bf16 weights raises an error of types here.

@@ -41,7 +41,7 @@ from meanflow_td import (check_finite, flow_matching_loss, meanflow_target, new_
 from models import VelocityMLP, add_noise, count_parameters, expand_times, frozen_copy
 
 TEACHER_WIDTH, TEACHER_DEPTH = 128, 3  # the depth is the number of hidden layers
-# OURS: shallow, so that their size is what limits them. Of three layers, a student of width 128 went on to gain with
+# OURS: shallow students, so that size is what limits them. Of three layers, a student of width 128 went on to gain with
 # every doubling of its updates (sliced W2 0.033, 0.026 and 0.021 after 6,000, 12,000 and 24,000; seed 0, by hand).
 STUDENT_DEPTH = 1
 TAPS = (0, 1, 2)  # the teacher's hidden layers that the discriminator reads, one token each
@@ -62,9 +62,9 @@ LR_TEACHER = 5e-3
 def td_rate(width):
     """Adam's peak learning rate for a TD student: in inverse proportion to its width, and at most the teacher's.
 
-    PRIOR: Yang et al., arXiv 2203.03466, for hidden layers; OURS: for all. OURS: the constant, found by hand on seed 0
-    with 6,000 updates, by sliced W2: width 80 had 0.053 at 5e-3 and 0.059 at 3.2e-3; width 300 had 0.043 at 1e-3 and
-    0.046 at 3e-3. Other widths were not tried.
+    PRIOR: 1/width for hidden layers (Yang et al., arXiv 2203.03466); OURS: 1/width for all layers. OURS: the constant, found by
+    hand on seed 0 with 6,000 updates, by sliced W2: width 80 had 0.053 at 5e-3 and 0.059 at 3.2e-3; width 300 had 0.043
+    at 1e-3 and 0.046 at 3e-3. Other widths were not tried.
     """
     return min(LR_TEACHER, 0.5 / width)
 
@@ -217,7 +217,8 @@ class Stages:
         return self.distilled("td-start", "TD, first half only", self.plan["hd_width"], self.plan["td_steps"])
 
     def refined(self, name, what, *, td=True, pooling=None):
-        """A student by DMD; with a pooling, and an adversarial term; without TD, and as many more updates."""
+        """A student by DMD. pooling: with an adversarial term. td=False: from random weights, with the updates of both
+        stages."""
         teacher, steps = self.teacher(), self.plan["refine_steps"]
         both = steps + self.plan["td_steps"]
         net = frozen_copy(self.td_start()) if td else student_network(self.seed, self.plan["hd_width"], self.device)
@@ -289,7 +290,8 @@ def consistency_loss(u_theta, x_t, v, *, t, p=1.0, c=1e-2):
     _, du_dt = meanflow_target(u_from_zero, x_t, v, r=zero, t=t)
     f = x_t - expand_times(t, x_t) * u
     df_dt = (v - u - expand_times(t, x_t) * du_dt).detach()
-    # 1/2 |f - sg[f - df/dt]|^2 / t has the gradient (df/dt . grad f) / t = -(df/dt) . grad u : MeanFlow's at r = 0
+    # 1/2 |f - sg[f - df/dt]|^2 / t has the gradient (df/dt . grad f) / t = -(df/dt) . grad u :
+    # half of MeanFlow's at r = 0, where |u - sg[u_target]|^2 has no 1/2. Adam does not mind.
     err = df_dt.square().flatten(1).sum(dim=1)  # (B,)
     move = 0.5 * (f - (f - df_dt).detach()).square().flatten(1).sum(dim=1) / t
     return (move * (err + c) ** -p).mean(), err
