@@ -225,8 +225,8 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     generator) -> x_data (batch, ...), y (batch,) or None. discriminator: an awd.AdaptiveWeightedDiscriminator for the
     layers `taps` of the teacher, or None; trained in place. lambda_td: weight of stage 1's loss, kept on (with
     SHARE_SPANS). student_steps: 1, or 2 for a student that can do both (a DiT with labels). fake_updates: of the fake
-    branch for each of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2 for each, since these
-    networks learn fast). Learning rates are peaks; lr_muon of student and fake branch, see `meanflow_td.make_optimizers`. seed,
+    branch for each of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2 for each, since these networks
+    learn fast). Learning rates are peaks; lr_muon of student and fake branch, see `meanflow_td.make_optimizers`. seed,
     stream, name, clip, ema_decay, amp, accumulate, keep: as in `meanflow_td.train`; the discriminator's gradient in
     parts is that of a batch but for its spectral norms, which each pass brings a step further; look(step, ema, fake).
     Raises data.Diverged when a loss, a gradient or a sample is not finite.

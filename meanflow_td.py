@@ -81,8 +81,8 @@ def draw_times(batch, generator, *, share_spans=SHARE_SPANS, share_to_data=0.3):
     """
     # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447), we draw uniformly, because a
     # one-step sample starts at t = 1 and ends at r = 0, which logit-normal times all but never reach.
-    # OURS: share_to_data = 0.3. With it sliced W2 of a TD student was 0.05, without spans at r = 0 it was 0.09, and with
-    # no other spans, close to consistency distillation, 0.19 (checkerboard, 3,000 updates, one seed, earlier version).
+    # OURS: share_to_data = 0.3. With it sliced W2 of a TD student was 0.05, without spans at r = 0 it was 0.09, with no
+    # other spans, close to consistency distillation, 0.19 (checkerboard, 3,000 updates, one seed, earlier version).
     # TRY: share_to_data=1.0, and look at the rows of "TD" in `python toy2d.py --out runs/consistency`
     r, t = torch.rand(batch, 2, generator=generator, device=generator.device).sort(dim=1).values.unbind(1)
     to_data = torch.rand(batch, generator=generator, device=generator.device) < share_to_data
