@@ -11,7 +11,9 @@ import torch
 from helpers import ROOT, broken, tiny_teacher
 
 import awd
+import data
 import dmd_refine
+import evaluate
 from evaluate import NAMES, title
 import meanflow_td
 from models import student_from_teacher
@@ -106,6 +108,9 @@ def check_verdicts(module):
     assert told["AWD against none"] == "worse"
     told = verdicts(module, hd=(0.1, 0.9), hd_no_td=(0.4, 1.4))  # twice as far, and twice as wide
     assert told["with AWD, a start from TD against none"] == "not separated"
+    # of unequal spread and number: Student's test, which takes the spreads for equal, would have p = 0.001
+    told = verdicts(module, hd=(0.1, 0.11, 0.12, 0.1, 0.11, 0.12, 0.1), hd_no_td=(0.2, 0.35))
+    assert told["with AWD, a start from TD against none"] == "not separated"
 
 
 def test_rows_are_told_apart_by_their_spread_and_one_seed_tells_nothing():
@@ -119,7 +124,7 @@ def test_rows_are_told_apart_by_their_spread_and_one_seed_tells_nothing():
 
 @pytest.mark.parametrize("change", [
     ("sign * (np.mean(groups[0])", "-sign * (np.mean(groups[0])"), ('("hd", "mean")', '("hd", "dmd")'),
-    (".pvalue < 0.05", ".pvalue < 2"), (".pvalue < 0.05", ".pvalue > 0.05")])  # fmt: skip
+    (".pvalue < 0.05", ".pvalue < 2"), (".pvalue < 0.05", ".pvalue > 0.05"), ("equal_var=False", "equal_var=True")])
 def test_a_broken_comparison_is_caught(change):
     with pytest.raises(AssertionError):
         check_verdicts(broken(dmd_refine, change))
@@ -206,6 +211,8 @@ def test_ablation_end_to_end_is_the_same_for_one_worker_and_two_and_goes_on(tmp_
 
     one, two = tmp_path / "one", tmp_path / "two"
     run("meanflow_td.py", "--out", one, "--teacher-steps", 4, "--td-steps", 2)
+    net, accuracy = evaluate.train_classifier(16, steps=3)  # the whole recipe is tested elsewhere
+    data.RunFolder(one, {}).stage("classifier", lambda keep: {"net": net.state_dict(), "accuracy": accuracy})
     shutil.copytree(one, two)
     for out, workers in ((one, 1), (two, 2)):
         text = run("dmd_refine.py", "--out", out, "--refine-steps", 2, "--ablation", "--seeds", 2, "--count", 100,

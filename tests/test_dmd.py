@@ -1,5 +1,7 @@
 """Stage 2 against the closed forms of Gaussians, and which network each update moves."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -304,6 +306,57 @@ def test_lambda_td_adds_stage_1s_gradient(images, monkeypatch):
     assert max(g.abs().max() for g in stage_1) > 1e-3
     for without, both, td in zip(*gradients, stage_1):
         torch.testing.assert_close(both, without + 0.7 * td, rtol=1e-3, atol=1e-6)
+
+
+def check_steps(td, refine, monkeypatch):
+    """Rates, Adam's betas and the greatest norm of gradients in three updates of `train` and of `refine`."""
+    steps, times, step, clip = [], [], torch.optim.Adam.step, 1e-3
+
+    def watched_step(optimizer):
+        group = optimizer.param_groups[0]
+        norm = torch.stack([p.grad.norm() for p in group["params"] if p.grad is not None]).norm().item()
+        steps.append((group["lr"], group["betas"], norm))
+        return step(optimizer)
+
+    def watched_add_noise(x, noise, t):
+        times.append(t)
+        return add_noise(x, noise, t)
+
+    student, teacher, fake, discriminator, _, _, x_data, _, _ = cast()
+    settings = dict(steps=3, batch=8, seed=0, stream="t", name="t", clip=clip, lr=1e-2)
+    draw = lambda n, g: (x_data[:n], None)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", watched_step)
+        patch.setattr(refine, "add_noise", watched_add_noise)
+        td.train(student, draw, partial(td.student_objective, teacher=teacher), **settings)
+        refine.refine(student, teacher, fake, draw, discriminator=discriminator, taps=(0, 1), lr_fake=2e-2,
+                      lr_discriminator=3e-2, **settings)  # fmt: skip
+
+    def rate(step, peak):
+        return peak * (step + 1) / 100 * (1 + np.cos(np.pi * step / 3)) / 2
+
+    expected = [(rate(k, 1e-2), (0.9, 0.99)) for k in range(3)]  # then fake branch twice, discriminator, student
+    expected += [(rate(k, peak), (0.0, 0.99)) for k in range(3) for peak in (2e-2, 2e-2, 3e-2, 1e-2)]
+    assert [lr for lr, _, _ in steps] == pytest.approx([lr for lr, _ in expected])
+    assert [tuple(betas) for _, betas, _ in steps] == [betas for _, betas in expected]
+    assert max(norm for _, _, norm in steps) <= clip * 1.001
+    for k in (2, 3):  # each iteration noises for the fake branch twice, for the discriminator, for the student
+        t = torch.cat(times[k::4])
+        assert 0.02 <= t.min() < 0.2 and 0.8 < t.max() <= 0.98
+
+
+RATE = '            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)\n'
+CLIP = "clip_grad_norm_(net.parameters(), clip)", "clip_grad_norm_(net.parameters(), math.inf)"
+
+
+def test_updates_have_their_rates_and_their_clip(monkeypatch):
+    check_steps(meanflow_td, dmd_refine, monkeypatch)
+    for td, refine in [((RATE, ""), None), (CLIP, None), (None, (RATE, "            pass\n")), (None, CLIP),
+                       (None, ("betas=(0.0, 0.99)) for rate", "betas=(0.9, 0.999)) for rate")),
+                       (None, ("T_MIN, T_MAX = 0.02, 0.98", "T_MIN, T_MAX = 0.3, 0.7"))]:  # fmt: skip
+        with pytest.raises(AssertionError):
+            check_steps(broken(meanflow_td, td) if td else meanflow_td,
+                        broken(dmd_refine, refine) if refine else dmd_refine, monkeypatch)  # fmt: skip
 
 
 @pytest.mark.parametrize("images", [False, True])

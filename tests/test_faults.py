@@ -253,7 +253,9 @@ def test_ctrl_c_reaches_workers_at_work_and_without_and_all_is_saved(tmp_path):
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     told = b""
     while b"teacher:" not in told:  # its bar; the second worker has nothing to do meanwhile
-        told += process.stderr.read(1)
+        byte = process.stderr.read(1)
+        assert byte, told  # it ended
+        told += byte
     time.sleep(2)
     os.killpg(process.pid, signal.SIGINT)
     try:

@@ -186,6 +186,7 @@ def recorded(monkeypatch, fake):  # noqa: F811
     monkeypatch.setattr(toy2d, "refine", recorder.refine)
     monkeypatch.setattr(dmd_refine, "refine", recorder.refine)
     monkeypatch.setattr(dmd_refine, "bench", lambda args: recorder.note("bench", args.batch))
+    monkeypatch.setattr(dmd_refine, "attention_weights", lambda *_, **__: (torch.zeros(8, 1, 16, 16), ()))
     monkeypatch.setattr(dmd_refine, "plot_attention", lambda *_, **__: None)
     monkeypatch.setattr(data, "ProcessPoolExecutor", recorder.pool)
     monkeypatch.setattr(dmd_refine, "evaluate_run", lambda run, count: recorder.note("evaluate_run", count) or [])

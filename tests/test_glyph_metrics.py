@@ -303,6 +303,26 @@ def test_the_teacher_is_judged_at_few_calls_and_at_many_with_all_guidance():
         *(("teacher, Heun", 50, w, (heun, (net,), {"steps": 25}, w), net) for w in (1.5, 1.0, 1.25, 2.0))]  # fmt: skip
 
 
+def test_a_student_is_judged_in_its_calls_and_the_floor_by_other_glyphs():
+    net, rows = object(), []
+    judge = evaluate.RunJudge.__new__(evaluate.RunJudge)
+    judge.run, judge.size, judge.count = types.SimpleNamespace(load=lambda name, two_times: net), SIZE, 40
+    judge.sample = lambda sampler, what: (sampler.func, sampler.args, sampler.keywords)
+    judge.row = lambda what, draw, **settings: rows.append((what, draw(), settings))
+    judge.student("two-seed3", "two", 3, 2)
+    assert rows.pop() == ("two", (evaluate.sample, (net,), {"steps": 2}), {"seed": 3, "nfe": 2, "net": net})
+    judge.data()
+    images, reference = rows[0][1][0], evaluate.held_out_glyphs(SIZE, 4 * 40, seed=0)[0]
+    assert not {x.numpy().tobytes() for x in images} & {x.numpy().tobytes() for x in reference}
+
+
+def test_the_table_has_the_mean_and_the_sample_deviation(capsys):
+    columns = ("frechet", "precision", "recall", "class_accuracy", "high_power", "ms_per_image")
+    row = {"what": "HD", "nfe": 1, "w": None, "fingerprint": {"images": 7}}
+    evaluate.print_rows([row | dict.fromkeys(columns, value) for value in (1, 2, 4)])
+    assert capsys.readouterr().out.count("2.333 +- 1.528") == len(columns)
+
+
 def test_judge_refuses(judge, other):
     images, labels = other
     broken = images.clone()

@@ -223,9 +223,9 @@ def test_labels_tell_the_digit():
 def test_glyphs_are_drawn_quickly():
     glyphs = data.Glyphs(16)
     glyphs.images(range(256))
-    begun = time.perf_counter()
+    begun = time.process_time()  # of this process alone, however busy the machine is
     glyphs.images(range(256, 2304))
-    rate = 2048 / (time.perf_counter() - begun)
+    rate = 2048 / (time.process_time() - begun)
     assert rate > 3000, f"{rate:.0f} images/s; 27,000 were measured on one core of an AMD EPYC"
 
 

@@ -6,7 +6,7 @@ Each check is a function of the module that it checks, so that it can be run on 
 import numpy as np
 import pytest
 import torch
-from helpers import broken, without_times
+from helpers import broken, tiny_teacher, without_times
 from scipy.integrate import solve_ivp
 
 import meanflow_td
@@ -227,6 +227,44 @@ def test_a_label_reaches_the_network_row_by_row():
                      ("t=t, r=r, **labelled(y)) - u_target", "t=t, r=r, **labelled(y.flip(0))) - u_target")]:
         with pytest.raises((AssertionError, RuntimeError)):
             check_labels(broken(meanflow_td, (old, new)))
+
+
+def check_stage_1(module):
+    """`student_objective` is the loss of a point of the path and the velocity there: the teacher's, or eps - x_0."""
+    net, (x_0, eps) = network(2).float(), torch.randn(2, 64, 2, generator=rng(0, "stage 1"))
+
+    def teacher(x_t, *, t):
+        return torch.sin(3 * x_t) + t[:, None]
+
+    for source in (teacher, None):
+        _, terms = module.student_objective(net, x_0, None, eps, rng(0, "times"), teacher=source)
+        r, t = terms["rows"]["r"], terms["rows"]["t"]
+        x_t = (1 - t)[:, None] * x_0 + t[:, None] * eps
+        v = eps - x_0 if source is None else teacher(x_t, t=t)
+        _, err = meanflow_td.meanflow_loss(net, x_t, v, r=r, t=t)
+        torch.testing.assert_close(terms["rows"]["error"], err)
+        assert (r < t).float().mean() == 0.75
+
+
+def test_stage_1_asks_for_the_velocity_at_a_point_of_the_path():
+    check_stage_1(meanflow_td)
+    path = "    x_t = add_noise(x_0, eps, t)\n"
+    for old, new in [(path, path.replace("x_0, eps, t", "eps, x_0, t")), (path, path.replace("eps, t", "eps, r")),
+                     ("None else teacher(x_t, t=t, **", "None else teacher(x_t, t=r, **"),
+                     ("v = eps - x_0 if teacher", "v = x_0 - eps if teacher")]:  # fmt: skip
+        with pytest.raises(AssertionError):
+            check_stage_1(broken(meanflow_td, (old, new)))
+
+
+def test_muon_gets_the_matrices_of_the_blocks_and_adam_all_else():
+    net = tiny_teacher()
+    (adam, lr), (muon, lr_muon) = meanflow_td.make_optimizers(net, 1e-3, 1e-2)
+    names = {id(p): name for name, p in net.named_parameters()}
+    of = lambda optimizer: {names[id(p)] for p in optimizer.param_groups[0]["params"]}  # noqa: E731
+    assert (lr, lr_muon) == (1e-3, 1e-2) and of(adam) | of(muon) == set(names.values())
+    assert of(muon) == {name for name in names.values() if ".blocks." in name and name.endswith(".weight")}
+    assert len(of(muon)) == 10 and not of(adam) & of(muon)  # of two blocks: qkv, proj, fc1, fc2, adaLN
+    assert len(meanflow_td.make_optimizers(net, 1e-3)) == 1
 
 
 def check_dropout(module):

@@ -5,6 +5,8 @@ Proposition 2: the student of N progressive halvings is the mean of 2^N teacher 
 converges to the average velocity, at first order in the step.
 """
 
+import types
+
 import pytest
 import torch
 from helpers import broken
@@ -13,7 +15,7 @@ from test_meanflow import GaussianFlow, network, points
 import meanflow_td
 import toy2d
 from data import rng
-from models import VelocityMLP
+from models import VelocityMLP, frozen_copy
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Proposition 1
@@ -120,6 +122,49 @@ def test_also_for_a_networks_velocity_field():
         torch.manual_seed(0)
         net = VelocityMLP(3, 16, 2).double().requires_grad_(False)
     check_progressive(toy2d, net, lambda eps: eps - meanflow_td.sample_ode(net, eps, steps=2000))
+
+
+def test_a_round_learns_to_step_twice_as_far_on_its_own_grid():
+    net, x_0, eps = VelocityMLP(2, 8, 2), *torch.randn(2, 64, 2, generator=rng(0, "round"))
+    previous, seen = VelocityMLP(2, 8, 2).requires_grad_(False), []
+
+    def watched(x_t, *, t):
+        seen.append((x_t, t))
+        return net(x_t, t=t)
+
+    _, terms = toy2d.progressive_objective(watched, x_0, None, eps, rng(0, "t"), previous=previous, h=1 / 8)
+    ((x_t, t),) = seen
+    assert set(t.tolist()) == {0.25, 0.5, 0.75, 1.0}
+    torch.testing.assert_close(x_t, (1 - t)[:, None] * x_0 + t[:, None] * eps)
+    x_mid = x_t - previous(x_t, t=t) / 8
+    target = (previous(x_t, t=t) + previous(x_mid, t=t - 1 / 8)) / 2
+    torch.testing.assert_close(terms["raw_error"], (net(x_t, t=t) - target).square().sum(1).mean())
+
+
+def test_rounds_halve_the_steps_and_share_the_updates(monkeypatch):
+    rounds, net, teacher = [], VelocityMLP(2, 4, 1), VelocityMLP(2, 4, 1)
+
+    def train(net, draw, objective, *, steps, name):
+        rounds.append((objective.keywords["h"], steps, objective.keywords["previous"], frozen_copy(net)))
+        return rounds[-1][3], [len(rounds)]
+
+    monkeypatch.setattr(toy2d, "train", train)
+    keep = types.SimpleNamespace(restore=lambda parts: (0, []), save=lambda *_: None)
+    last, rows = toy2d.distill_progressively(net, None, teacher=teacher, rounds=3, steps=10, name="p", keep=keep)
+    assert [h for h, *_ in rounds] == [1 / 8, 1 / 4, 1 / 2] and [steps for _, steps, *_ in rounds] == [3, 3, 4]
+    assert [previous for *_, previous, _ in rounds] == [teacher, rounds[0][3], rounds[1][3]]
+    assert last is rounds[2][3] and rows == [1, 2, 3]
+
+
+def test_consistency_distillation_asks_for_the_teachers_velocity_at_a_point_of_the_path(monkeypatch):
+    x_0, eps = torch.randn(2, 64, 2, generator=rng(0, "consistency"))
+    seen = []
+    monkeypatch.setattr(toy2d, "consistency_loss", lambda net, x_t, v, *, t: seen.append((x_t, v, t)) or (v.sum(), v))
+    toy2d.consistency_objective(None, x_0, None, eps, rng(0, "t"), teacher=lambda x_t, *, t: 2 * x_t + t[:, None])
+    ((x_t, v, t),) = seen
+    torch.testing.assert_close(x_t, (1 - t)[:, None] * x_0 + t[:, None] * eps)
+    torch.testing.assert_close(v, 2 * x_t + t[:, None])
+    assert t.min() < 0.1 and t.max() > 0.9
 
 
 @pytest.mark.parametrize("old, new", [

@@ -1,10 +1,13 @@
 """The README says what is there: line counts, the map of equations, the list of tags, commands, files."""
 
 import argparse
+from decimal import Decimal
 import importlib
+import json
 import re
 import shlex
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,6 +65,65 @@ def test_the_map_is_whole():
             leave_out = {"meanflow_loss", "discriminator_loss", "dmd_panels", "Teacher"}
             if re.search(pattern, name) and name not in leave_out:
                 assert f"`{module}.py:{name}" in named, name
+
+
+def agrees(cell, values):
+    """Whether a cell tells the mean of some values and, of several, their spread, in as many digits as it has."""
+    shown = [Decimal(text) for text in re.findall(r"[\d.]+(?:e-\d+)?", cell)]
+    exact = [np.mean(values), np.std(values, ddof=1)] if len(set(values)) > 1 else [np.mean(values)]
+    return len(shown) == len(exact) and all(abs(float(text) - value) <= 0.501 * 10.0 ** text.as_tuple().exponent
+                                            for text, value in zip(shown, exact))  # fmt: skip
+
+
+def tables(title):
+    """The tables below a heading, each a list of {head: cell}."""
+    for text in re.findall(r"(?:^\|.*\n)+", section(title), re.MULTILINE):
+        head = [cell.strip() for cell in text.splitlines()[0].split("|")[1:-1]]
+        yield [dict(zip(head, cells)) for cells in rows(text)]
+
+
+def kept(name):
+    return json.loads((ROOT / "figures" / name).read_text())
+
+
+def test_the_table_of_points_is_the_kept_results():
+    (table,) = tables("I have a laptop: points in the plane")
+    groups = {}
+    for row in kept("toy2d_results.json"):
+        if row["part"] == "story":
+            name = f"{row['what']}, width {row['width']}" if row["width"] else row["what"]
+            groups.setdefault(name, []).append(row)
+    assert [row["what"] for row in table] == list(groups)
+    for row in table:
+        group = groups[row["what"]]
+        for head, key in (("inside", "share_inside"), ("sliced W2", "sliced_w2"), ("replay error", "replay_error")):
+            assert agrees(row[head], [one[key] for one in group]) if row[head] else key not in group[0], (row, head)
+        low, high = (100 * np.mean([one[key] for one in group]) for key in ("smallest_part", "largest_part"))
+        assert row["squares, %"] == f"{low:.1f} to {high:.1f}" and row["calls"] == str(group[0]["nfe"] or "")
+        assert row["parameters"].replace(",", "") == str(group[0]["parameters"] or "")
+
+
+def test_the_tables_of_glyphs_are_the_kept_results():
+    keys = {"Frechet": "frechet", "precision": "precision", "recall": "recall", "class accuracy": "class_accuracy",
+            "power, upper half": "high_power", "ms/image": "ms_per_image"}  # fmt: skip
+    results, seen = kept("glyphs_results.json"), 0
+    for table in tables("I have a laptop: images"):
+        for row in table:
+            if "seeds" not in row:  # made by hand
+                continue
+            group = [one for one in results if one["what"] == row["what"] and str(one["w"] or "") == row.get("w", "")
+                     and str(one["nfe"] or "") == row.get("calls", "1")]  # fmt: skip
+            assert len(group) == int(row["seeds"]), row
+            for head in keys.keys() & row.keys():
+                assert agrees(row[head], [one[keys[head]] for one in group]), (row, head)
+            seen += len(group)
+    assert seen >= len(results)
+
+
+def test_a_cell_that_is_another_number_is_seen():
+    assert agrees("2.33 ± 1.53", [1, 2, 4]) and agrees("2.7e-07", [2.66e-7]) and agrees("0.50", [0.5])
+    assert not any(agrees(*wrong) for wrong in [("2.34 ± 1.53", [1, 2, 4]), ("2.33 ± 1.25", [1, 2, 4]),
+                                                ("2.33", [1, 2, 4]), ("2.7e-07", [2.76e-7])])  # fmt: skip
 
 
 class Parsed(Exception):

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -216,6 +217,18 @@ def test_nothing_executable_is_unpickled(tmp_path):
     torch.save({"net": Evil()}, tmp_path / "run" / "one.pt")
     assert run.stage("one", lambda keep: {"good": 1})["good"] == 1
     assert not (tmp_path / "evil").exists()
+
+
+def test_a_file_is_flushed_before_it_takes_the_others_place(tmp_path, monkeypatch):
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: order.append("fsync") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda a, b: order.append("replace") or replace(a, b))
+    data.write_whole(tmp_path / "file", lambda file: file.write(b"new"))
+    assert order == ["fsync", "replace"] and (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_a_spread_is_the_sample_deviation():
+    assert toy2d.mean_std([1, 2, 4]) == "2.3333 +- 1.5275" and toy2d.mean_std([1]) == "1.0000"
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
