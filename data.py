@@ -1452,7 +1452,7 @@ class RunFolder:
                 self.write(self.path / f"{name}.pt", state)
             Patience.look()  # and so wait until it is there
             report.unlink(missing_ok=True)
-        elif state.get("rows"):  # which are missing where metrics.csv was damaged
+        elif state.get("rows") and not world()[0]:  # rows that are missing where metrics.csv was damaged
             network, seed = state["rows"][0]["network"], str(state["rows"][0]["seed"])
             if not any((row["network"], row["seed"]) == (network, seed) for row in self.read_metrics()):
                 self.write_metrics(state["rows"])
