@@ -834,10 +834,12 @@ GUIDANCE = (1.0, 1.25, 1.5, 2.0)  # of the teacher; 1 is none
 
 
 def title(name, section):
-    """What tables call the student of a run's section: by NAMES, if its settings are those of this name."""
+    """What tables call the student of a run's section: its name; of NAMES, if its settings are those of that name."""
+    if name not in NAMES:
+        return name
     settings = {"init": "td", "pooling": "attention"} | VARIANTS.get(name, {})
     others = [f"{key} {section[key]}" for key, value in settings.items() if section.get(key, value) != value]
-    return ", ".join([name, *others]) if others else NAMES.get(name, name)
+    return ", ".join([name, *others]) if others else NAMES[name]
 
 
 class RunJudge:

@@ -37,7 +37,7 @@ def test_tables_name_students_by_their_settings():
     plan = dmd_refine.PLANS["default"]
     for name, section in dmd_refine.ablation_plan(plan, dict(steps=700, batch=64, lr=1e-3, clip=1.0, w=1.0)).items():
         assert title(name, section) == NAMES[name]
-    assert title("two", plan) == "two" and title("hd", plan | {"pooling": "none"}) == "hd, pooling none"
+    assert title("two", plan | {"init": "teacher"}) == "two" and title("hd", plan | {"pooling": "none"}) == "hd, pooling none"
     assert title("mean", plan | {"init": "teacher"}) == "mean, init teacher, pooling attention"
 
 
