@@ -37,13 +37,15 @@ def test_tables_name_students_by_their_settings():
     plan = dmd_refine.PLANS["default"]
     for name, section in dmd_refine.ablation_plan(plan, dict(steps=700, batch=64, lr=1e-3, clip=1.0, w=1.0)).items():
         assert title(name, section) == NAMES[name]
-    assert title("two", plan | {"init": "teacher"}) == "two" and title("hd", plan | {"pooling": "none"}) == "hd, pooling none"
+    assert title("two", plan | {"init": "teacher"}) == "two"
+    assert title("hd", plan | {"pooling": "none"}) == "hd, pooling none"
     assert title("mean", plan | {"init": "teacher"}) == "mean, init teacher, pooling attention"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_each_variant_is_trained_by_what_its_name_says(tmp_path, monkeypatch):
-    """Starts, guidance, pooling and updates of all jobs, whose training is replaced by a recorder."""
+def test_each_variant_is_trained_by_what_its_name_says(tmp_path, monkeypatch, capsys):
+    """Starts, guidance, pooling and updates of all jobs, whose training is replaced by a recorder; one that diverges is
+    told."""
     jobs = {}
 
     def refine(student, teacher, fake, draw, *, name, steps, discriminator=None, **settings):
@@ -65,13 +67,13 @@ def test_each_variant_is_trained_by_what_its_name_says(tmp_path, monkeypatch):
     meanflow_td.main([*out, "--teacher-steps", "1", "--td-steps", "5", "--w", "1.5"])
     monkeypatch.setattr(dmd_refine, "refine", refine)
     monkeypatch.setattr(meanflow_td, "train", train)
-    monkeypatch.setattr(dmd_refine, "side_by_side", lambda job, jobs, *_, **__: [job(*one) for one in jobs])
     monkeypatch.setattr(dmd_refine, "attention_weights", lambda *_, **__: (torch.zeros(8, 1, 16, 16), ()))
     monkeypatch.setattr(dmd_refine, "plot_attention", lambda *_, **__: None)
     monkeypatch.setattr(dmd_refine, "evaluate_run", lambda *_: [])
     monkeypatch.setattr(dmd_refine, "gradient_variance", lambda run, seed: {"data": 1.0, "teacher": 1.0})
     monkeypatch.setattr(dmd_refine, "plot_ablation", lambda *_: None)
-    dmd_refine.main([*out, "--ablation", "--seeds", "1", "--refine-steps", "7"])
+    command = [*out, "--ablation", "--seeds", "1", "--refine-steps", "7", "--workers", "1"]
+    dmd_refine.main(command)
     teacher, td = (torch.load(tmp_path / f"{name}.pt", weights_only=True)["net"] for name in ("teacher", "td"))
     start, objective, steps = jobs.pop("scratch-seed0")
     assert objective is meanflow_td.student_objective and steps == 12  # which without a teacher learns from eps - x_0
@@ -83,6 +85,19 @@ def test_each_variant_is_trained_by_what_its_name_says(tmp_path, monkeypatch):
         student, w, w_fake, fake, *rest = jobs[f"{name}-seed0"]
         assert agree(student, origin) and agree(fake, teacher) and (w, w_fake) == (1.5, 1.0), name
         assert rest == [pooling, steps], name
+
+    def diverge(*_, **__):
+        raise FloatingPointError("The loss is nan.")
+
+    def sentences():
+        return json.loads((tmp_path / "ablation.json").read_text())["comparisons"]
+
+    assert not any("diverged" in line for line in sentences())
+    monkeypatch.setattr(dmd_refine, "refine", diverge)
+    (tmp_path / "mean-seed0.pt").unlink()
+    dmd_refine.main(command)
+    assert [line for line in sentences() if "diverged" in line] == ["mean-seed0 diverged: it has no row."]
+    assert "The loss is nan. The others go on." in capsys.readouterr().out
 
 
 # --- The comparisons -------------------------------------------------------------------------------------------------

@@ -137,8 +137,11 @@ def ctrl_c(monkeypatch):
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("full", [lambda: torch.empty(2**55), lambda: bytearray(2**62),
-                                  lambda: exec("raise torch.OutOfMemoryError('CUDA out of memory. Tried')")])  # fmt: skip
+@pytest.mark.parametrize("full", [
+    lambda: torch.empty(2**55),
+    lambda: bytearray(2**62),
+    lambda: exec("raise torch.OutOfMemoryError('CUDA out of memory. Tried')"),
+])  # fmt: skip
 def test_a_full_memory_ends_with_a_sentence_and_loses_nothing(tmp_path, capsys, monkeypatch, each_step, whole, full):
     objective, calls = meanflow_td.teacher_objective, []
 

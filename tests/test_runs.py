@@ -116,7 +116,7 @@ def equal(a, b):
 
 
 def check_keep(tmp_path, fit, module):
-    whole = work(tmp_path / "whole", fit, module)  # which goes wrong in no module, for nothing is restored
+    whole = work(tmp_path / "whole", fit, module)
     for stop in (1, 3):
         folder = tmp_path / f"stopped-{stop}"
         with pytest.raises(Stopped):
@@ -158,7 +158,7 @@ def test_a_loop_that_goes_on_ends_with_the_same_bits(name, tmp_path, monkeypatch
 ])  # fmt: skip
 def test_a_part_that_is_not_kept_is_caught(module, fit, old, new, tmp_path, monkeypatch):
     monkeypatch.setattr(Keep, "EVERY", 0)
-    work(tmp_path / "alone", fit, broken(module, (old, new)))
+    work(tmp_path / "alone", fit, broken(module, (old, new)))  # no error: what fails below is going on
     with pytest.raises((AssertionError, ZeroDivisionError)):
         check_keep(tmp_path, fit, broken(module, (old, new)))
 
