@@ -309,7 +309,8 @@ def own_share():
 def ranks(device):
     """Inside, the processes that torchrun started are ranks of one run; without torchrun nothing happens.
 
-    device: of the tensors that are summed. None: BadInput if there are several, which would all do the same work."""
+    device: of the tensors that are summed. None: the work is not divided, so BadInput if there are several processes,
+    which would all do the same."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -895,7 +896,8 @@ def glyph_draws(seed, held_out, block):
 class Glyphs:
     """Digits 0-9, white on black, uint8 (size, size, 1): an endless data set. Image i is a function of (seed, i) alone.
 
-    Face, digit, height, turn (+-15 degrees) and shift are uniform and independent. `held_out=True` is another stream of
+    Face, digit, height and turn (+-15 degrees) are uniform and independent; the shift is uniform in the room that they
+    leave, up to MAX_SHIFT. `held_out=True` is another stream of
     random numbers, for evaluation: no training stream, whatever its seed, shares a draw with it.
     size: 16 or 32 px (any even number from 8 on works). seed: 0 .. 2^32 - 1. length: what len() answers, for users that
     need an end; images go on behind it. Raises ValueError on other sizes and seeds."""
@@ -1070,7 +1072,7 @@ def encode_folder(folder, vae, cache, *, vae_sha256, scale, batch=32, shard_imag
     Finished shards are checked by their sha256, and encoded again only if damaged. Equal batch, device and threads give
     equal bits. An image that can't be read is named and left out. Ctrl-C waits until the shard at hand is written.
     Raises BadInput: a cache of something else, or in which another process works, a size that the VAE can't halve, a
-    disk that is too small, all before anything is written; with `strict`, such an image."""
+    disk that is too small, all before anything is written; with `strict`, also an image that can't be read."""
     cache, factor = Path(cache), 2 ** (len(vae.encoder.down_blocks) - 1)
     if folder.size % factor:
         raise BadInput(f"a size of {folder.size} px is not a multiple of {factor}, as this VAE needs it.")
@@ -1390,7 +1392,7 @@ class RunFolder:
                 if changed:
                     was = ", ".join(f"{key} = {was.get(key)!r} there and {now.get(key)!r} now" for key in changed)
                     raise BadInput(f"{self.path} holds a run of another configuration (of {section}: {was}): "
-                                   "name another with --out")  # fmt: skip
+                                   "name another with --out, or this variant of stage 2 with --name")  # fmt: skip
         elif any(path.suffix != ".partial" and path.name != "teacher.pt" for path in self.path.iterdir()):
             raise BadInput(f"{self.path} is no run folder, but it is not empty: name another folder with --out")
         self.config = old | config  # all sections, those of other scripts too

@@ -13,10 +13,11 @@ difference of two scores (Yin et al., arXiv 2311.18828):
 
 since a score is -(x_t - (1 - t) x0_guess)/t^2, and so score_fake - score_real = (1 - t)/t^2 (x0_fake - x0_real).
 The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen, several updates for
-each of the student's. It is always a little late, and the two scores only tell where the samples of student and teacher
-overlap; so a student had better start close to the teacher, which is the paper's reason for stage 1 (see the README for
-what we find of it). The adversarial term adds what neither score knows: real data (see awd.py). One forward pass of the
-frozen teacher at the noised x_gen serves both terms, x0_real and the features.
+each of the student's. It is always a little late, and the two scores tell something only where samples of both, student
+and teacher, lie; so a student had better start close to the teacher, which is the paper's reason for stage 1 (see the
+README for what we find of it). The adversarial term adds what neither score knows: real data (see awd.py). One call of
+the frozen teacher at the noised x_gen serves both terms, x0_real and the features; guided, it is two passes, and the
+features are those of the conditional one.
 
     L_G = L_DMD + lambda_adv L_adv                    L_adv = -mean D(teacher's features of x_t)
 Three players, each update moves one of them:
@@ -35,6 +36,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections import defaultdict
@@ -59,7 +61,7 @@ from meanflow_td import (LOOK_EVERY, TEACHERS, WRAPPERS, ImageRun, add_run_argum
                          backward_in_parts, check_finite, check_section, check_training, count_clipped, draw_times,
                          flow_matching_loss, generate, in_parts, is_whole, labelled, learning_rate, make_optimizers,
                          meanflow_loss, meanflow_target, missing_parts, new_network, open_run, pick, plan_name, sample,
-                         share_clipped, student_config, student_objective, teacher_kind, teacher_net,
+                         run_flags, share_clipped, student_config, student_objective, teacher_kind, teacher_net,
                          teacher_objective, teacher_weights)
 from models import (DiT, DiTTeacher, Teacher, add_noise, autocast_off, dit_by_name, expand_times, frozen_copy,
                     normal_like, update_ema, x0_from_velocity)  # fmt: skip
@@ -73,8 +75,8 @@ except ImportError:  # Windows
 # The losses
 # ---------------------------------------------------------------------------------------------------------------------
 
-# PRIOR: DMD (arXiv 2311.18828). Near t = 0 both guesses are x_t itself, near t = 1 both are the mean of all data: there
-# the difference of the two tells nothing about x_gen.
+# PRIOR: DMD (arXiv 2311.18828). Near t = 0 both guesses are x_t itself, near t = 1 each is the mean of its whole
+# distribution, wherever x_gen lies: there the difference of the two tells nothing about x_gen.
 T_MIN, T_MAX = 0.02, 0.98
 
 
@@ -126,7 +128,7 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, noise, t, *, lambda_a
     if discriminator is None:
         with torch.no_grad():
             v_real = teacher(x_t, t=t, **labelled(y))
-    else:  # one pass: x0_real for DMD, features for the discriminator
+    else:  # one call: x0_real for DMD, features for the discriminator
         v_real, features = teacher(x_t, t=t, taps=taps, **labelled(y))
     with torch.no_grad():
         v_fake = fake(x_t, t=t, **labelled(y))
@@ -179,7 +181,7 @@ def both_halves(x, rows):
     return torch.cat([half[rows] for half in x.chunk(2)])
 
 
-SHARE_ONE_CALL = 0.75  # OURS: this share of the rows of a student of 2 steps; one call is harder to learn than two
+SHARE_ONE_CALL = 0.75  # OURS: share of the rows that a student of 2 steps makes in 1 call, the harder to learn
 
 
 def by_calls(x, steps):
@@ -199,7 +201,7 @@ def student_samples(student, eps, y, steps):
 class FakeByCalls(nn.Module):
     """The fake branch of a student of 2 steps, with a second set of labels for the samples that took 2 calls.
 
-    OURS: if all its samples are of one distribution, the student may make them too blurred in 1 call and too sharp in
+    OURS: a fake branch that knows only the mixture of both lets the student be too blurred in 1 call and too sharp in
     2, for the two average out (the README has the numbers). fake: a Teacher, for a DiT with labels. The rows of
     forward are in the order of `student_samples`."""
 
@@ -223,19 +225,20 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     student: two times, from stage 1 (or without it, for the control). teacher: frozen, see `generator_loss`. fake: a
     copy of it, which is trained; without guidance, for the samples that it fits are guided already. draw(batch,
     generator) -> x_data (batch, ...), y (batch,) or None. discriminator: an awd.AdaptiveWeightedDiscriminator for the
-    layers `taps` of the teacher, or None; trained in place. lambda_td: weight of stage 1's loss, kept on (with
-    SHARE_SPANS). student_steps: 1, or 2 for a student that can do both (a DiT with labels). fake_updates: of the fake
-    branch for each of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2 for each, since these networks
-    learn fast). Learning rates are peaks; lr_muon of student and fake branch, see `meanflow_td.make_optimizers`. seed,
-    stream, name, clip, ema_decay, amp, accumulate, keep: as in `meanflow_td.train`; the discriminator's gradient in
-    parts is that of a batch but for its spectral norms, which each pass brings a step further; look(step, ema, fake).
+    layers `taps` of the teacher, or None; trained in place. lambda_td: weight of stage 1's loss, kept on (its share of
+    rows with r < t is SHARE_SPANS of meanflow_td.py, whatever stage 1 had). student_steps: 1, or 2 for a student that
+    can do both (a DiT with labels). fake_updates: of the fake branch for each of the student's (PRIOR: DMD2's
+    two-time-scale rule, there 5; OURS: 2 for each, since these networks learn fast). Learning rates are peaks; lr_muon
+    of student and fake branch, see `meanflow_td.make_optimizers`. seed, stream, name, clip, ema_decay, amp, accumulate,
+    keep: as in `meanflow_td.train`; each part of a batch brings the discriminator's spectral norms a step further.
+    look(step, ema, fake): called now and then, to draw pictures.
     Raises data.Diverged when a loss, a gradient or a sample is not finite.
     """
     device = next(student.parameters()).device
     branch = fake if student_steps == 1 else FakeByCalls(fake, student_steps)
     players = [student, branch] + ([] if discriminator is None else [discriminator])
     # PRIOR: no momentum in Adam between players that chase each other (Brock et al., arXiv 1809.11096).
-    # OURS: beta_2 = 0.99
+    # OURS: beta_2 = 0.99; and Muon, where it is used, keeps its momentum
     rates = zip(players, (lr, lr_fake, lr_discriminator), (lr_muon, lr_muon, None))
     optimizers = [make_optimizers(*rate, betas=(0.0, 0.99)) for rate in rates]  # a list for each player
     ema, first, rows = frozen_copy(student), 0, []
@@ -294,7 +297,7 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
                 part = {} if is_whole(rows) else {"rows": rows}
                 loss_td, td_terms = student_objective(student, x_data, y, eps, generator, teacher=teacher, **part)
                 loss, terms = loss + lambda_td * loss_td, terms | td_terms
-            # for `check_finite`: each sample's norm, and the time of its noise (its own are r = 0 and t = 1)
+            # for `check_finite`, in the place of errors: each sample's norm, and the time of its noise
             per_row = {"t": t[rows], "error": x_gen.detach().flatten(1).norm(dim=1)}
             return loss, terms | {"gen_mean": x_gen.mean(), "gen_std": x_gen.std(), "rows": per_row}
 
@@ -353,7 +356,7 @@ def refine_images(run, name, seed):
     stage, teacher = f"{name}-seed{seed}", run.load_teacher()
 
     def compute(keep):
-        student = run.student(teacher)  # --init teacher: answers as the teacher does, which no one-step sample is
+        student = run.student(teacher)  # from the teacher's weights if it has its sizes, else random
         if init == "td":
             student.load_state_dict(run.load("td", two_times=True).state_dict())
         fake = type(teacher)(frozen_copy(teacher.net)).requires_grad_(True)  # PAPER: starts as the teacher; unguided
@@ -525,7 +528,7 @@ def gradient_variance(run, seed, batches=32):
 
 def plot_ablation(path, rows, folder):
     """ablation.png: Frechet distance and recall of each variant and seed, and of the teacher with the guidance that is
-    best for its distance; error with and without TD."""
+    best for its distance; MeanFlow's error in training, with the teacher's velocity and on data."""
     figure, axes = new_figure(13, 4.4, columns=3)
     names = ["td", "scratch", "dmd-no-td", "dmd", "mean", "hd-no-td", "hd"]
     titles = {"td": "TD", **NAMES}
@@ -832,7 +835,9 @@ def main(arguments=None):
     parser.add_argument("--refine-steps", type=whole_number(1), help="updates of the student")
     parser.add_argument("--pooling", choices=("attention", "mean", "none"),
                         help="of the discriminator's tokens; none: no such term (default: attention)")  # fmt: skip
-    parser.add_argument("--init", choices=("td", "teacher"), help="teacher: without stage 1 (default: td)")
+    parser.add_argument("--init", choices=("td", "teacher"),
+                        help="teacher: without stage 1, from the teacher's weights, or from random ones where its "
+                        "sizes are others (default: td)")  # fmt: skip
     parser.add_argument("--lambda-adv", type=positive_number, help="weight of the adversarial term")
     parser.add_argument("--lambda-td", type=positive_number, help="weight of stage 1's loss, kept on (default: off)")
     parser.add_argument("--taps", type=whole_number(0, 99), nargs="+", metavar="BLOCK",
@@ -855,7 +860,8 @@ def main(arguments=None):
     if args.ablation and (args.data != "glyphs" or args.name != "hd"):
         parser.error("--ablation is of --data glyphs and --name hd: else train each variant with its own --name")
     if args.ablation and (args.init or args.pooling or args.seed):
-        parser.error("--ablation takes all of --init and --pooling, and --seeds from 0 on: leave the three out")
+        parser.error("--ablation trains each --init and --pooling with the seeds 0 .. --seeds - 1: leave out --init, "
+                     "--pooling and --seed")
     with sentences(parser, None if args.ablation or args.dry_run else args.device) as held:
         keys = ("pooling", "init", "lambda_adv", "lambda_td", "student_steps", "batch", "taps")
         given = {(args.name, key): getattr(args, key) for key in keys} | {(args.name, "steps"): args.refine_steps}
@@ -875,9 +881,10 @@ def main(arguments=None):
             return
         held.enter_context(alone(run.folder.path))
         refine_images(run, args.name, args.seed)
-        after = (f"--data {args.data}" if args.data != "imagenet" else
-                 f"--sample 50000 --checkpoint {run.folder.path / f'{args.name}-seed{args.seed}.pt'} --out DIR")
-        print(f"In {run.folder.path}: {args.name}-seed{args.seed}.pt, metrics.csv, and grids in samples/. "
+        checkpoint = run.folder.path / f"{args.name}-seed{args.seed}.pt"
+        after = (run_flags(parser, args) if args.data == "glyphs" else
+                 f"--sample 50000 --checkpoint {shlex.quote(str(checkpoint))} --out DIR")  # fmt: skip
+        print(f"In {run.folder.path}: {checkpoint.name}, metrics.csv, and grids in samples/. "
               f"Next: python evaluate.py {after}")  # fmt: skip
 
 

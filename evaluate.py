@@ -1,7 +1,8 @@
 """Scores images with the metrics of the papers: FID, sFID, Inception Score, precision and recall.
 
 The idea. A classifier, InceptionV3 of 2015, turns each image into 2048 numbers. Two sets of images are alike if the
-clouds of these numbers are alike. FID fits a Gaussian to either cloud and measures Frechet's distance between the two,
+clouds of these numbers are alike. FID fits a Gaussian to either cloud and takes the square of Frechet's distance of the
+two (all call that the distance),
 
     FID = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)),
 
@@ -265,7 +266,7 @@ def load_inception(path=None):
     and the file's sha256. Raises BadInput: not to be had, damaged, or another network's.
 
     A file whose name ends in the digits of a hash must have that hash. Other names are taken as they are (a test's
-    own weights, say), and `fingerprint` then notes that their numbers compare with nobody's."""
+    own weights, say), and `notes` then says that their numbers compare with nobody's."""
     path = data.fetch(INCEPTION, "--inception-weights") if path is None else Path(path)
     sha = data.sha256_file(path)
     claimed = re.search(r"-([0-9a-f]{8,64})\.", path.name)
@@ -621,7 +622,7 @@ def notes(source, label, reference, weights_sha):
     else:
         said.append("The reference holds no images (arr_0), so no precision and recall.")
     if set(reference.stats) == {"pool"}:
-        said.append("The reference has no mu_s, sigma_s, so no sFID; pytorch-fid writes such files, by --resize torch.")
+        said.append("The reference has no mu_s, sigma_s, so no sFID. For pytorch-fid's files: --resize torch.")
     return said
 
 
@@ -828,13 +829,14 @@ COUNT, QUICK_COUNT = 5000, 500  # images in each row; fewer make all distances g
 # OURS: so many times more held-out glyphs to compare with, for they cost little. The Frechet distance of one student
 # had a standard deviation of 0.012 over six draws of 2,000 images and as many glyphs, and of 0.0016 over six draws of
 # 5,000 images, compared with the same 20,000 glyphs.
-REFERENCE = 4
+REFERENCE_RATIO = 4
 SAMPLE_BATCH = 250
 GUIDANCE = (1.0, 1.25, 1.5, 2.0)  # of the teacher; 1 is none
 
 
 def title(name, section):
-    """What tables call the student of a run's section: its name; of NAMES, if its settings are those of that name."""
+    """What tables call the student of a run's section: NAMES[name]; its name and what differs ("hd, init teacher") if
+    its settings are not what that says; its name alone if it is not in NAMES."""
     if name not in NAMES:
         return name
     settings = {"init": "td", "pooling": "attention"} | VARIANTS.get(name, {})
@@ -853,7 +855,7 @@ class RunJudge:
         print(f"The classifier knows {state['accuracy']:.4f} of held-out glyphs.")
         classifier = GlyphClassifier(self.size)
         classifier.load_state_dict(state["net"])
-        self.judge = GlyphJudge(classifier, self.size, REFERENCE * count)
+        self.judge = GlyphJudge(classifier, self.size, REFERENCE_RATIO * count)
 
     def train(self, keep):
         net, accuracy = train_classifier(self.size)

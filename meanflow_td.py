@@ -36,6 +36,7 @@ place of eps - x_0.
 import argparse
 import copy
 import math
+import shlex
 import sys
 import time
 from functools import partial
@@ -79,8 +80,9 @@ def draw_times(batch, generator, *, share_spans=SHARE_SPANS, share_to_data=0.3):
     The spans alone need du/dt; the others tie u to the teacher's velocity, which the identity starts from. Of the
     spans, share_to_data reach down to r = 0, as every one-step sample does.
     """
-    # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447), we draw uniformly, because a
-    # one-step sample starts at t = 1 and ends at r = 0, which logit-normal times all but never reach.
+    # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447), we draw both
+    # uniformly and sort them, so that t has density 2t, in rows with r = t too: a one-step sample starts at t = 1 and
+    # ends at r = 0, which logit-normal times all but never reach.
     # OURS: share_to_data = 0.3. With it sliced W2 of a TD student was 0.05, without spans at r = 0 it was 0.09, with no
     # other spans, close to consistency distillation, 0.19 (checkerboard, 3,000 updates, one seed, earlier version).
     # TRY: share_to_data=1.0, and look at the rows of "TD" in `python toy2d.py --out runs/consistency`
@@ -128,7 +130,7 @@ def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2, watch=None):
     """MeanFlow's loss: the student's squared distance from u_target, adaptively weighted (arXiv 2505.13447, Sec. 4).
 
     Arguments as in `meanflow_target`. Returns the scalar loss and err (B,), the raw squared error summed over all but
-    the first dimension: watch err, for at p = 1 the weighted loss is about 1 whatever the student does.
+    the first dimension: watch err, for at p = 1 the weighted loss is about 1 as long as err is far above c.
     p, c: the weight 1/(err + c)^p, without gradient. PRIOR: p = 1, c = 1e-2 (MeanFlow's official code). With a noisy
     target of few dimensions, p = 1 fits the mode and not the mean: in 1D a true mean of 0.4 was fitted as 0.99. So the
     teacher and the fake branch use p = 0. (MeanFlow itself trains on noisy targets with p = 1, but in thousands of
@@ -375,7 +377,7 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon
     loss, terms: one of those above. steps, batch: integers >= 1; lr, lr_muon: peaks of the learning rates, see
     `make_optimizers`. seed, stream: what the randomness of each step is made from; networks that are to be compared
     share them. name: what the bar and the rows call this network, with a row every `log_every` steps. clip: the
-    gradient's greatest norm; of the toy's, hardly one is as long as 20. ema_decay: of `update_ema`. amp: of `autocast`.
+    gradient's greatest norm; the toy's seldom reach 20. ema_decay: of `update_ema`. amp: of `autocast`.
     accumulate: parts in which a batch is taken, one after the other, to save memory; objective is then called with
     rows= too. keep: a data.Keep, and a killed training goes on. look(step, ema): called now and then, to draw samples.
     Raises data.Diverged when the loss or its gradient is not finite.
@@ -500,6 +502,14 @@ def run_path(args):
     """The run folder that the command line means."""
     name = "-".join([args.data] + [str(args.size)] * (args.size != 16) + ["quick"] * args.quick)
     return Path(args.out or f"runs/{plan_name(args) if args.data == 'imagenet' else name}")
+
+
+def run_flags(parser, args):
+    """The flags by which the next script finds the run that the command line means."""
+    names = ("data_dir", "cache", "teacher", "vae", "preset", "size", "out", "device")
+    given = {name: str(getattr(args, name)) for name in names if getattr(args, name) != parser.get_default(name)}
+    named = [f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in given.items()]
+    return " ".join([f"--data {args.data}", *named, *["--quick"] * args.quick])
 
 
 def plan_name(args):
@@ -898,7 +908,7 @@ def main(arguments=None):
         objective = partial(student_objective, teacher=teacher, share_spans=spans)
         run.train("td", run.student(teacher), objective, section="td", sampler=sample)
         print(f"In {run.folder.path}: {'' if args.data == 'imagenet' else 'teacher.pt, '}td.pt, metrics.csv, and grids "
-              f"in samples/. Next: python dmd_refine.py --data {args.data}")  # fmt: skip
+              f"in samples/. Next: python dmd_refine.py {run_flags(parser, args)}")  # fmt: skip
 
 
 if __name__ == "__main__":

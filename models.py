@@ -39,7 +39,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Conversions. Every network here answers a velocity; whoever wants x_0, eps or the score takes it from there.
+# Conversions. What leaves a network is a velocity (of a DiT: what its wrapper makes of its answer, see `Teacher`);
+# whoever wants x_0, eps or the score takes it from there.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -409,7 +410,7 @@ class DiT(nn.Module):
         """The network's answer at x_t (B, C, H, W), time t (B,), labels y (B,) int64: (B, out_channels, H, W).
 
         t, and r (B,) where there are two times, go to the embedders as they are: 0 .. 999 for a published DiT, [0, 1]
-        for SiT and for nets trained here. What the answer means is for the caller to know: see the teachers below.
+        for SiT, [0, CLOCK] for nets trained here. What the answer means, the wrapper knows (see `Teacher`).
         taps: indices of blocks, from 0. If any, returns (answer, [tokens (B, N, D) after each of these blocks]).
         Raises ValueError if r is missing with two_times, given without, or a tap is no block's index.
         """
@@ -526,7 +527,8 @@ class Teacher(nn.Module):
         return at_least_fp32(out), tokens
 
     def unguided(self, x_t, t, y, taps, r=None):
-        """v, or u if r is given, at x_t for the labels y as they are; the tapped tokens. What a subclass converts."""
+        """(v, or u if r is given, at x_t; the tapped tokens), without guidance. A subclass overrides it where its net
+        has another clock or answers something else."""
         v, tokens = self.raw(x_t, self.clock * t, y, taps, None if r is None else self.clock * r)
         return v[:, :x_t.shape[1]], tokens
 

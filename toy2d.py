@@ -19,9 +19,9 @@ same command again goes on where it was stopped, or only redraws. On 2 cores of 
 4. The controls: stage 2 for all of the updates, from random weights; and a discriminator that averages its tokens.
 
 The toy calls the losses, samplers and loops of the other files and has no second version of any. The paper's figure 3
-asks the same question (PAPER: quality of TD rises with size, 50 times the size does not close the gap); its data and
-sizes are not told, so density, networks and budget here are OURS. One thing differs from images: the tokens that the
-discriminator weighs are the teacher's hidden layers, not places: attention against mean pooling says little here.
+asks the same question (PAPER: quality of TD rises with size, 50 times the size does not close the gap). OURS: density,
+networks and budget, since the paper does not tell its data and sizes. One thing differs from images: the tokens that
+the discriminator weighs are the teacher's hidden layers, not places: attention against mean pooling says little here.
 """
 
 import argparse
@@ -47,7 +47,8 @@ STUDENT_DEPTH = 1
 TAPS = (0, 1, 2)  # the teacher's hidden layers that the discriminator reads, one token each
 POINTS = 5000  # samples kept for the pictures
 
-# `td_steps` + `refine_steps` updates is what every student gets, in whichever way it spends them.
+# `td_steps` + `refine_steps` updates is what every student of the story gets, in whichever way it spends them, but for
+# those called otherwise ("first half only", "trained twice as long"); one of --unify gets `td_steps`.
 PLANS = {
     "default": dict(widths=(28, 40, 56, 80, 160, 300), hd_width=80,
                     teacher_steps=6000, td_steps=3000, refine_steps=3000,
@@ -147,7 +148,9 @@ def student_network(seed, width, device):
 
 
 def new_result(what, seed, *, part="story", width=0, parameters=0, updates=0, nfe=0, seconds=0.0, **measures):
-    """A row of results.json: what was run, its seed, its calls of a network for one sample (nfe), and its measures."""
+    """A row of results.json: what was run, its seed, its calls of a network for one sample (nfe), and its measures.
+
+    updates: of all stages. seconds: of training in its last stage; a start from TD has a row of its own."""
     return {"part": part, "what": what, "seed": seed, "width": width, "parameters": parameters, "updates": updates,
             "nfe": nfe, **measures, "seconds": round(seconds, 1)}  # fmt: skip
 

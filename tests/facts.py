@@ -82,7 +82,8 @@ def tags():
             for match in re.finditer(r"\b(PAPER|PRIOR|OURS|DIFFERS)\b", text):
                 start = match.end() + 1
                 if text[match.end() : start] != ":":  # a tag after its words
-                    start = max(text.rfind(". ", 0, match.start()) + 2, text.rfind("\n\n", 0, match.start()) + 2, 0)
+                    ends = [end.end() for end in re.finditer(r"\.\s+|\n\n", text) if end.end() <= match.start()]
+                    start = max(ends, default=0)
                 where = place(ROOT / name, line + text.count("\n", 0, match.start()))
                 found.append((match.group(), name, where, sentence(text, start)))
     return found

@@ -1,8 +1,10 @@
 """Runs that stop and go on, and the scripts for images as a person runs them."""
 
+import argparse
 import csv
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -488,9 +490,9 @@ def test_other_folders_and_files_are_left_alone(tmp_path, capsys):
     ("dmd_refine.py", ["--name", "td"], "'td' is not a name of letters"),
     ("dmd_refine.py", ["--name", "TD"], "'TD' is not a name of letters"),
     ("dmd_refine.py", ["--name", "scratch"], "'scratch' is not a name of letters"),
-    ("dmd_refine.py", ["--ablation", "--pooling", "mean"], "--ablation takes all of"),
-    ("dmd_refine.py", ["--ablation", "--init", "td"], "--ablation takes all of"),
-    ("dmd_refine.py", ["--ablation", "--seed", "1"], "--ablation takes all of"),
+    ("dmd_refine.py", ["--ablation", "--pooling", "mean"], "--ablation trains each --init and"),
+    ("dmd_refine.py", ["--ablation", "--init", "td"], "--ablation trains each --init and"),
+    ("dmd_refine.py", ["--ablation", "--seed", "1"], "--ablation trains each --init and"),
     ("meanflow_td.py", ["--data", "imagenet", "--teacher-steps", "3"], "--teacher-steps is for teachers that are"),
     ("dmd_refine.py", ["--ablation", "--name", "foo"], "--ablation is of --data glyphs and --name hd"),
     ("dmd_refine.py", ["--ablation", "--data", "folder", "--data-dir", "x"], "--ablation is of --data glyphs and"),
@@ -519,6 +521,18 @@ def run(script, *arguments):
     return process.stdout
 
 
+@pytest.mark.parametrize("line", ["", "--quick", "--size 32 --device meta",
+                                  "--data folder --data-dir 'my images' --out x",
+                                  "--data imagenet --preset imagenet256-b4 --cache c --teacher a/SiT.pt --vae v.pt",
+                                  "--data imagenet --data-dir d --quick"])  # fmt: skip
+def test_the_next_command_means_the_same_run(line):
+    parser = argparse.ArgumentParser()
+    meanflow_td.add_run_arguments(parser)
+    meanflow_td.add_training_arguments(parser)
+    args = parser.parse_args(shlex.split(line))
+    assert parser.parse_args(shlex.split(meanflow_td.run_flags(parser, args))) == args
+
+
 @pytest.mark.slow
 def test_the_chain(tmp_path, capsys):
     """Teacher, TD, two variants of stage 2, the table: four commands, one folder. Again: all is found finished."""
@@ -529,6 +543,8 @@ def test_the_chain(tmp_path, capsys):
                 ("evaluate.py", "--data", "glyphs", "--quick")]  # fmt: skip
     said = [run(*command, "--out", out) for command in commands]
     assert all(str(out) in text for text in said)
+    for text, script in zip(said, ("dmd_refine", "evaluate", "evaluate")):
+        assert text.endswith(f"Next: python {script}.py --data glyphs --out {out} --quick\n")
     for name in ("teacher-000000", "teacher-000059", "td-000029", "hd-seed0-000019", "hd-seed0-dmd-000019",
                  "two-seed12-000002"):  # fmt: skip
         with Image.open(out / "samples" / f"{name}.png") as picture:
