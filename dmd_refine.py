@@ -241,11 +241,11 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     # OURS: beta_2 = 0.99; and Muon, where it is used, keeps its momentum
     rates = zip(players, (lr, lr_fake, lr_discriminator), (lr_muon, lr_muon, None))
     optimizers = [make_optimizers(*rate, betas=(0.0, 0.99)) for rate in rates]  # a list for each player
-    ema, first, rows = frozen_copy(student), 0, []
+    ema, first, log = frozen_copy(student), 0, []
     parts = {"ema": ema} | {f"net{i}": net for i, net in enumerate(players)}
     parts |= {f"optimizer{i}.{j}": one for i, own in enumerate(optimizers) for j, (one, _) in enumerate(own)}
     if keep is not None:
-        first, rows = keep.restore(parts)
+        first, log = keep.restore(parts)
 
     def update(player, loss_of):
         """One step of one player by loss_of(rows) -> loss, terms; returns both, and the norm of its gradient."""
@@ -313,15 +313,15 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
         if step % log_every == 0 or last:
             terms = {**losses, **terms, **generator_terms, "gradient": gradient}
             values = {name: value.item() for name, value in terms.items()}
-            values["clipped"] = share_clipped(optimizers[0][0][0], step, rows)
+            values["clipped"] = share_clipped(optimizers[0][0][0], step, log)
             seconds = round(time.perf_counter() - start, 4)
-            rows.append({"network": name, "seed": seed, "step": step, **values, "seconds_per_step": seconds})
+            log.append({"network": name, "seed": seed, "step": step, **values, "seconds_per_step": seconds})
             bar.set_postfix(grad_dmd=f"{values['grad_dmd']:.3g}", refresh=False)
         if look is not None and (step % LOOK_EVERY == 0 or last):
             look(step, ema, fake)
         if keep is not None:
-            keep.save(parts, step + 1, rows)
-    return ema, rows
+            keep.save(parts, step + 1, log)
+    return ema, log
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -248,9 +248,9 @@ def count_clipped(optimizer, gradient, clip):
     group["clipped"] = group.get("clipped", 0) + bool(gradient > clip)
 
 
-def share_clipped(optimizer, step, rows):
-    """The share of the steps since the last of `rows` that `count_clipped` noted."""
-    return optimizer.param_groups[0].pop("clipped") / (step - (rows[-1]["step"] if rows else -1))
+def share_clipped(optimizer, step, log):
+    """The share of the steps since the last row of `log` that `count_clipped` noted."""
+    return optimizer.param_groups[0].pop("clipped") / (step - (log[-1]["step"] if log else -1))
 
 
 def autocast(device, amp):
@@ -384,10 +384,10 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon
     """
     device = next(net.parameters()).device
     optimizers = make_optimizers(net, lr, lr_muon)
-    ema, first, rows = frozen_copy(net), 0, []
+    ema, first, log = frozen_copy(net), 0, []
     parts = {"net": net, "ema": ema} | {f"optimizer{i}": optimizer for i, (optimizer, _) in enumerate(optimizers)}
     if keep is not None:
-        first, rows = keep.restore(parts)
+        first, log = keep.restore(parts)
     bar = progress(range(first, steps), name, initial=first, total=steps)
     for step in bar:
         start = time.perf_counter()
@@ -418,15 +418,15 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon
         if step % log_every == 0 or last:
             terms = {"loss": loss, **terms, "gradient": gradient}
             values = {name: value.item() for name, value in terms.items()}
-            values["clipped"] = share_clipped(optimizers[0][0], step, rows)
+            values["clipped"] = share_clipped(optimizers[0][0], step, log)
             seconds = round(time.perf_counter() - start, 4)
-            rows.append({"network": name, "seed": seed, "step": step, **values, "seconds_per_step": seconds})
+            log.append({"network": name, "seed": seed, "step": step, **values, "seconds_per_step": seconds})
             bar.set_postfix(raw_error=f"{values['raw_error']:.3g}", refresh=False)
         if look is not None and (step % LOOK_EVERY == 0 or last):
             look(step, ema)
         if keep is not None:
-            keep.save(parts, step + 1, rows)
-    return ema, rows
+            keep.save(parts, step + 1, log)
+    return ema, log
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_a_loop_that_goes_on_ends_with_the_same_bits(name, tmp_path, monkeypatch
 @pytest.mark.parametrize("module, fit, old, new", [
     (meanflow_td, fit_teacher, ', "ema": ema}', '}'),
     (meanflow_td, fit_teacher, 'for i, (optimizer, _) in enumerate(optimizers)}', 'for i, optimizer in []}'),
-    (meanflow_td, fit_teacher, "keep.save(parts, step + 1, rows)", "keep.save(parts, step, rows)"),
+    (meanflow_td, fit_teacher, "keep.save(parts, step + 1, log)", "keep.save(parts, step, log)"),
     (dmd_refine, fit_refined, 'for i, net in enumerate(players)}', 'for i, net in enumerate(players[:2])}'),
     (dmd_refine, fit_refined, 'for i, own in enumerate(optimizers)', 'for i, own in []'),
     (dmd_refine, fit_refined, 'parts = {"ema": ema} | {', 'parts = {'),
