@@ -1281,6 +1281,7 @@ def main(argv=None):
         parser.error("give --data, or --sample, or --images with --reference or --save-npz, or --flops")
     with sentences(parser):
         if args.flops:
+            print("GMACs of one 256 px image (a MAC is 2 FLOPs), and their ratios:")
             for name, value in flops_table().items():
                 print(f"{value:12,.2f}  {name}")
         if args.save_npz:

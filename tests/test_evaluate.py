@@ -748,7 +748,9 @@ def test_bad_flags(argv, capsys):
 
 def test_flops_reproduce_the_papers_ratio(capsys):
     run("--flops")
-    numbers = [float(line.split()[0].replace(",", "")) for line in capsys.readouterr().out.splitlines()]
+    unit, *lines = capsys.readouterr().out.splitlines()
+    numbers = [float(line.split()[0].replace(",", "")) for line in lines]
+    assert "GMACs" in unit
     forward, decoder, *_, ratio, guided = numbers
     assert (forward, decoder) == pytest.approx((118.62, 311.09), abs=0.005)
     assert ratio == pytest.approx(69.74, abs=0.005) and round(ratio, 1) == 69.7  # the paper's
