@@ -13,9 +13,10 @@ The convention (flow matching's linear path; Lipman et al., arXiv 2210.02747; Li
 Two kinds of network follow it. One with a single time, net(x_t, t=t), is a velocity field v: a teacher, or the fake
 branch of DMD. One with two_times=True, net(x_t, t=t, r=r), is an average velocity u: a student. At r = t the two mean
 the same thing. A student that starts from its teacher's weights answers at first what the unguided teacher does,
-whatever r is.
+whatever r is. (Two students of toy2d.py's unified view have one time: their r follows from t, and one step of Euler's
+method is their jump.)
 
-Times are tensors (B,), keyword-only. This file imports no file of ours.
+Times are tensors (B,); networks take them by keyword only. This file imports no file of ours.
 """
 
 import argparse
