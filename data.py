@@ -897,8 +897,8 @@ class Glyphs:
     """Digits 0-9, white on black, uint8 (size, size, 1): an endless data set. Image i is a function of (seed, i) alone.
 
     Face, digit, height and turn (+-15 degrees) are uniform and independent; the shift is uniform in the room that they
-    leave, up to MAX_SHIFT. `held_out=True` is another stream of
-    random numbers, for evaluation: no training stream, whatever its seed, shares a draw with it.
+    leave, up to MAX_SHIFT. `held_out=True` is another stream of random numbers, for evaluation: no training stream,
+    whatever its seed, shares a draw with it.
     size: 16 or 32 px (any even number from 8 on works). seed: 0 .. 2^32 - 1. length: what len() answers, for users that
     need an end; images go on behind it. Raises ValueError on other sizes and seeds."""
 

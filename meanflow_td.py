@@ -80,9 +80,9 @@ def draw_times(batch, generator, *, share_spans=SHARE_SPANS, share_to_data=0.3):
     The spans alone need du/dt; the others tie u to the teacher's velocity, which the identity starts from. Of the
     spans, share_to_data reach down to r = 0, as every one-step sample does.
     """
-    # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447), we draw both
-    # uniformly and sort them, so that t has density 2t, in rows with r = t too: a one-step sample starts at t = 1 and
-    # ends at r = 0, which logit-normal times all but never reach.
+    # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447), we draw both uniformly and
+    # sort them, so that t has density 2t, in rows with r = t too: a one-step sample starts at t = 1 and ends at r = 0,
+    # which logit-normal times all but never reach.
     # OURS: share_to_data = 0.3. With it sliced W2 of a TD student was 0.05, without spans at r = 0 it was 0.09, with no
     # other spans, close to consistency distillation, 0.19 (checkerboard, 3,000 updates, one seed, earlier version).
     # TRY: share_to_data=1.0, and look at the rows of "TD" in `python toy2d.py --out runs/consistency`
