@@ -1368,9 +1368,10 @@ class RunFolder:
     config: {section: settings}. Scripts that work on one run share its folder and its sections; one that brings a new
     section adds it. Made, with its parents, if it is not there. Raises BadInput if the path is a file or can't be
     written, if the folder holds something that is no run, or a section with other settings: nothing is overwritten.
+    named: sections that the command line's --name chooses; of these, another name is a remedy too.
     """
 
-    def __init__(self, path, config):
+    def __init__(self, path, config, named=()):
         self.path = Path(path)
         config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
         try:
@@ -1391,8 +1392,9 @@ class RunFolder:
                 changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
                 if changed:
                     was = ", ".join(f"{key} = {was.get(key)!r} there and {now.get(key)!r} now" for key in changed)
+                    other = "another variant with --name, or another run with --out"
                     raise BadInput(f"{self.path} holds a run of another configuration (of {section}: {was}): "
-                                   "name another with --out, or this variant of stage 2 with --name")  # fmt: skip
+                                   f"name {other if section in named else 'another with --out'}")  # fmt: skip
         elif any(path.suffix != ".partial" and path.name != "teacher.pt" for path in self.path.iterdir()):
             raise BadInput(f"{self.path} is no run folder, but it is not empty: name another folder with --out")
         self.config = old | config  # all sections, those of other scripts too

@@ -60,8 +60,8 @@ from meanflow_td import PLANS as STAGE_1
 from meanflow_td import (LOOK_EVERY, TEACHERS, WRAPPERS, ImageRun, add_run_arguments, add_training_arguments, autocast,
                          backward_in_parts, check_finite, check_section, check_training, count_clipped, draw_times,
                          flow_matching_loss, generate, in_parts, is_whole, labelled, learning_rate, make_optimizers,
-                         meanflow_loss, meanflow_target, missing_parts, new_network, open_run, pick, plan_name, sample,
-                         run_flags, share_clipped, student_config, student_objective, teacher_kind, teacher_net,
+                         meanflow_loss, meanflow_target, missing_parts, new_network, open_run, pick, plan_name,
+                         run_flags, sample, share_clipped, student_config, student_objective, teacher_kind, teacher_net,
                          teacher_objective, teacher_weights)
 from models import (DiT, DiTTeacher, Teacher, add_noise, autocast_off, dit_by_name, expand_times, frozen_copy,
                     normal_like, update_ema, x0_from_velocity)  # fmt: skip

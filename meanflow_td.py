@@ -550,7 +550,7 @@ class ImageRun:
         blocks = self.teacher.net.config["depth"] if args.data == "imagenet" else plan["network"]["depth"]
         for name in more or plan:
             check_section(plan[name], blocks, args.accumulate)
-        self.begin(RunFolder(path, plan), plan)
+        self.begin(RunFolder(path, plan, named=more or ()), plan)
         if args.data == "glyphs":
             self.source = Glyphs(args.size, seed=self.seed)
 

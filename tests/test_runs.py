@@ -322,7 +322,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, capsys, begun):
         (["--teacher-steps", "7"], "(of teacher: steps = 1 there and 7 now)"),
     ]:
         said = refuse(capsys, "meanflow_td.py", "--quick", "--out", run, *arguments)
-        assert sentence in said and str(run) in said and "name another with --out" in said
+        assert sentence in said and str(run) in said and "name another with --out" in said and "--name" not in said
     assert snapshot(run) == before
     meanflow_td.main(["--teacher-steps", "1", "--td-steps", "1", "--out", str(tmp_path / "large")])
     capsys.readouterr()
@@ -334,7 +334,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, capsys, begun):
     del config["sha256"]  # who edits it on purpose takes this out
     (run / "config.json").write_text(json.dumps(config))
     said = refuse(capsys, "dmd_refine.py", "--quick", "--out", run, "--lambda-adv", "0.2")
-    assert "(of hd: lambda_adv = 0.3 there and 0.2 now)" in said
+    assert "(of hd: lambda_adv = 0.3 there and 0.2 now): name another variant with --name, or another run" in said
     del config["hd"]
     config["mean"] = dmd_refine.PLANS["quick"]  # by hand, and without --pooling mean
     (run / "config.json").write_text(json.dumps(config))
@@ -385,6 +385,10 @@ def test_a_run_on_a_folder_is_of_that_folder(tmp_path, capsys):
     capsys.readouterr()
     said = refuse(capsys, "meanflow_td.py", *few, "--data-dir", tmp_path / "dogs")
     assert "data_dir = " in said and "name another with --out" in said
+    dmd_refine.main([*"--quick --data folder --refine-steps 1 --batch 4 --data-dir".split(), str(tmp_path / "cats"),
+                     "--out", str(tmp_path / "run")])  # fmt: skip
+    checkpoint = tmp_path / "run" / "hd-seed0.pt"
+    assert f"Next: python evaluate.py --sample 50000 --checkpoint {checkpoint} --out DIR" in capsys.readouterr().out
 
 
 def test_samples_of_two_teachers_are_not_taken_for_one_anothers(tmp_path, capsys, begun):
