@@ -32,7 +32,6 @@ defaults of `refine`, found on seed 0 of the 2D toy, and PLANS, found on glyphs.
 """
 
 import argparse
-import itertools
 import math
 import os
 import re
@@ -218,8 +217,8 @@ class FakeByCalls(nn.Module):
 
 def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, seed, stream, name, taps=(),
            lambda_adv=0.1, lambda_td=0.0, student_steps=1, lr=3e-3, lr_fake=2e-3, lr_muon=None,
-           lr_discriminator=1e-3, fake_updates=2, clip=20.0, ema_decay=0.999, amp="off", accumulate=1, keep=None,
-           look=None, log_every=100):  # fmt: skip
+           lr_discriminator=1e-3, fake_updates=2, fake_floor=0.0, clip=20.0, ema_decay=0.999, amp="off", accumulate=1,
+           keep=None, look=None, log_every=100):  # fmt: skip
     """Train the student in place by L_G, with its helpers; return its average network (EMA) and rows for metrics.csv.
 
     student: two times, from stage 1 (or without it, for the control). teacher: frozen, see `generator_loss`. fake: a
@@ -228,9 +227,11 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     layers `taps` of the teacher, or None; trained in place. lambda_td: weight of stage 1's loss, kept on (its share of
     rows with r < t is SHARE_SPANS of meanflow_td.py, whatever stage 1 had). student_steps: 1, or 2 for a student that
     can do both (a DiT with labels). fake_updates: of the fake branch for each of the student's (PRIOR: DMD2's
-    two-time-scale rule, there 5; OURS: 2 for each, since these networks learn fast). Learning rates are peaks; lr_muon
-    of student and fake branch, see `meanflow_td.make_optimizers`. seed, stream, name, clip, ema_decay, amp, accumulate,
-    keep: as in `meanflow_td.train`; each part of a batch brings the discriminator's spectral norms a step further.
+    two-time-scale rule, there 5; OURS: 2 for each, since these networks learn fast). Learning rates are peaks, and fall
+    to 0, the fake branch's to `fake_floor` times its peak (OURS: so that it keeps up with a student that comes to
+    rest); lr_muon of student and fake branch, see `meanflow_td.make_optimizers`. seed, stream, name, clip, ema_decay,
+    amp, accumulate, keep: as in `meanflow_td.train`; each part of a batch brings the discriminator's spectral norms a
+    step further.
     look(step, ema, fake): called now and then, to draw pictures.
     Raises data.Diverged when a loss, a gradient or a sample is not finite.
     """
@@ -262,8 +263,10 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
         start = time.perf_counter()
         # --- training step ---
         generator = rng(seed, stream, step, device)
-        for optimizer, peak in itertools.chain(*optimizers):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
+        for net, own in zip(players, optimizers):
+            for optimizer, peak in own:
+                floor = fake_floor if net is branch else 0.0
+                optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, floor=floor)
         x_data, y = draw(batch, generator)  # (B, ...), (B,)
         terms = {}
         for _ in range(fake_updates):
@@ -331,9 +334,9 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
 # The settings of one variant, under its name a section of the run folder's config.json.
 PLANS = {
     # OURS: all of it, found on glyphs.
-    "default": dict(steps=2400, batch=64, lr=1e-3, lr_fake=1e-3, lr_muon=5e-3, lr_discriminator=5e-3, fake_updates=2,
-                    taps=(1, 3), pooling="attention", init="td", lambda_adv=0.01, lambda_td=0.0, student_steps=1,
-                    clip=10.0),
+    "default": dict(steps=1200, batch=64, lr=1e-3, lr_fake=1e-3, lr_muon=5e-3, lr_discriminator=5e-3, fake_updates=2,
+                    fake_floor=0.5, taps=(1, 3), pooling="attention", init="td", lambda_adv=0.01, lambda_td=0.0,
+                    student_steps=1, clip=10.0),
     "quick": dict(steps=20, batch=32, lr=5e-4, lr_fake=5e-4, lr_muon=5e-3, lr_discriminator=1e-3, fake_updates=2,
                   taps=(0, 1), pooling="attention", init="td", lambda_adv=0.1, lambda_td=0.0, student_steps=1,
                   clip=10.0),

@@ -330,10 +330,11 @@ def check_steps(td, refine, monkeypatch):
         patch.setattr(refine, "add_noise", watched_add_noise)
         td.train(student, draw, partial(td.student_objective, teacher=teacher), **settings)
         refine.refine(student, teacher, fake, draw, discriminator=discriminator, taps=(0, 1), lr_fake=2e-2,
-                      lr_discriminator=3e-2, **settings)  # fmt: skip
+                      fake_floor=0.7, lr_discriminator=3e-2, **settings)  # fmt: skip
 
     def rate(step, peak):
-        return peak * (step + 1) / 100 * (1 + np.cos(np.pi * step / 3)) / 2
+        share = (1 + np.cos(np.pi * step / 3)) / 2
+        return peak * (step + 1) / 100 * (max(share, 0.7) if peak == 2e-2 else share)  # 2e-2 is the fake branch's
 
     expected = [(rate(k, 1e-2), (0.9, 0.99)) for k in range(3)]  # then fake branch twice, discriminator, student
     expected += [(rate(k, peak), (0.0, 0.99)) for k in range(3) for peak in (2e-2, 2e-2, 3e-2, 1e-2)]
@@ -345,13 +346,14 @@ def check_steps(td, refine, monkeypatch):
         assert 0.02 <= t.min() < 0.2 and 0.8 < t.max() <= 0.98
 
 
-RATE = '            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)\n'
+RATE = 'optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak'
 CLIP = "clip_grad_norm_(net.parameters(), clip)", "clip_grad_norm_(net.parameters(), math.inf)"
 
 
 def test_updates_have_their_rates_and_their_clip(monkeypatch):
     check_steps(meanflow_td, dmd_refine, monkeypatch)
-    for td, refine in [((RATE, ""), None), (CLIP, None), (None, (RATE, "            pass\n")), (None, CLIP),
+    for td, refine in [((f"{RATE})", "pass"), None), (CLIP, None), (None, (f"{RATE}, floor=floor)", "pass")),
+                       (None, ("net is branch", "net is student")), (None, CLIP),
                        (None, ("betas=(0.0, 0.99)) for rate", "betas=(0.9, 0.999)) for rate")),
                        (None, ("T_MIN, T_MAX = 0.02, 0.98", "T_MIN, T_MAX = 0.3, 0.7"))]:  # fmt: skip
         with pytest.raises(AssertionError):

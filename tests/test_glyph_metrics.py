@@ -202,7 +202,7 @@ def test_frechet_is_of_the_classifiers_features(recipe, judge, other, floor):
 def test_blur_costs_detail_and_distance(judge, other, floor):
     rows = [floor, *(judge(blur(other[0], strength), other[1]) for strength in (0.1, 0.3, 0.6, 1.0))]
     for sharp, soft in zip(rows, rows[1:]):
-        assert soft["frechet"] > 1.5 * sharp["frechet"] and soft["high_power"] < 0.9 * sharp["high_power"]
+        assert soft["frechet"] > 1.3 * sharp["frechet"] and soft["high_power"] < 0.9 * sharp["high_power"]
     assert rows[2]["class_accuracy"] > 0.95  # graded: who reads digits blurred by a third as well, is told so
 
 

@@ -200,11 +200,11 @@ def test_no_stroke_leaves_the_image(monkeypatch):
 def test_glyphs_vary_in_size_and_place(size):
     inked = data.Glyphs(size).images(range(600))[..., 0] > 64
     tall, wide = inked.any(2).sum(1), inked.any(1).sum(1)
-    assert size * 0.4 <= tall.min() < size * 0.56 and size * 0.7 < tall.max() <= size * 0.9
+    assert size * 0.6 <= tall.min() < size * 0.7 < size * 0.74 < tall.max() <= size * 0.85
     assert wide.max() <= size * 0.8 and len(data.FACES) == 15
     for axis in (1, 2):
         first = inked.any(axis).argmax(1)
-        assert len(np.unique(first)) > size // 6
+        assert len(np.unique(first)) >= 3
 
 
 def test_labels_tell_the_digit():

@@ -405,3 +405,5 @@ def test_the_learning_rate_rises_and_falls():
     rates = [meanflow_td.learning_rate(step, 1000, 2.0) for step in range(1000)]
     assert rates[0] == pytest.approx(0.02, rel=1e-3) and max(rates) == pytest.approx(2.0, rel=0.05)
     assert rates.index(max(rates)) in range(90, 110) and rates[-1] < 1e-4
+    floored = [meanflow_td.learning_rate(step, 1000, 2.0, floor=0.5) for step in range(1000)]
+    assert floored[:500] == rates[:500] and floored[500:] == [1.0] * 500

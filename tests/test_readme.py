@@ -70,7 +70,9 @@ def test_the_map_is_whole():
 def agrees(cell, values):
     """Whether a cell tells the mean of some values and, of several, their spread, in as many digits as it has."""
     shown = [Decimal(text) for text in re.findall(r"[\d.]+(?:e-\d+)?", cell)]
-    exact = [np.mean(values), np.std(values, ddof=1)] if len(set(values)) > 1 else [np.mean(values)]
+    exact = [np.mean(values), np.std(values, ddof=1)] if len(values) > 1 else [np.mean(values)]
+    if len(set(values)) == 1:
+        exact = exact[: len(shown)]  # a spread of 0 may be left out
     return len(shown) == len(exact) and all(abs(float(text) - value) <= 0.501 * 10.0 ** text.as_tuple().exponent
                                             for text, value in zip(shown, exact))  # fmt: skip
 
