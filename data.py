@@ -862,7 +862,7 @@ FACES = (  # OURS: the text faces among matplotlib's fonts; the others hold symb
     "cmr10", "cmb10", "cmss10", "cmtt10",
 )  # fmt: skip
 SUPERSAMPLE = 4  # drawn 4 times too large, then averaged: anti-aliasing of strokes that are 1 px wide
-# OURS: these three, so narrow that 12,000 updates make a good teacher (the README tells what wider ones did).
+# OURS: these three, so narrow that a one-call student this small keeps up with its teacher (README: wider ones).
 HEIGHT = (0.65, 0.75)  # TRY: lowest and greatest height of a digit, as a share of the image
 MAX_TURN = 5.0  # degrees, either way
 MAX_SHIFT = 1 / 32  # of the image, either way, and never so far that a stroke leaves the image
