@@ -263,9 +263,8 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
         start = time.perf_counter()
         # --- training step ---
         generator = rng(seed, stream, step, device)
-        for net, own in zip(players, optimizers):
+        for own, floor in zip(optimizers, (0.0, fake_floor, 0.0)):  # as players
             for optimizer, peak in own:
-                floor = fake_floor if net is branch else 0.0
                 optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, floor=floor)
         x_data, y = draw(batch, generator)  # (B, ...), (B,)
         terms = {}

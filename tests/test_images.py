@@ -183,6 +183,15 @@ def test_held_out_glyphs_never_meet_training():
         data.Glyphs(16, seed=2**32)
 
 
+def test_glyphs_of_other_ranges_are_others(monkeypatch):
+    before = data.Glyphs(16).identity()
+    assert data.Glyphs(16).identity() == before
+    for name, value in [("HEIGHT", (0.5, 0.75)), ("MAX_TURN", 15.0), ("MAX_SHIFT", 0.125)]:
+        with monkeypatch.context() as patch:
+            patch.setattr(data, name, value)
+            assert data.Glyphs(16).identity() != before, name
+
+
 def test_no_stroke_leaves_the_image(monkeypatch):
     """The largest digits, turned and shifted as far as they go: a stroke outside would be missing from the ink."""
     faces, digits, ends = np.arange(0.5, 15) / 15, np.arange(0.5, 10) / 10, [0, 0.999]

@@ -123,6 +123,7 @@ def test_the_tables_of_glyphs_are_the_kept_results():
 
 
 def test_a_cell_that_is_another_number_is_seen():
+    assert agrees("1", [1, 1]) and agrees("1.00 ± 0.00", [1, 1]) and not agrees("1.00 ± 0.10", [1, 1])
     assert agrees("2.33 ± 1.53", [1, 2, 4]) and agrees("2.7e-07", [2.66e-7]) and agrees("0.50", [0.5])
     assert not any(agrees(*wrong) for wrong in [("2.34 ± 1.53", [1, 2, 4]), ("2.33 ± 1.25", [1, 2, 4]),
                                                 ("2.33", [1, 2, 4]), ("2.7e-07", [2.76e-7])])  # fmt: skip
