@@ -333,7 +333,7 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
 # The settings of one variant, under its name a section of the run folder's config.json.
 PLANS = {
     # OURS: all of it, found on glyphs.
-    "default": dict(steps=1200, batch=64, lr=1e-3, lr_fake=1e-3, lr_muon=5e-3, lr_discriminator=5e-3, fake_updates=2,
+    "default": dict(steps=1500, batch=64, lr=1e-3, lr_fake=1e-3, lr_muon=5e-3, lr_discriminator=5e-3, fake_updates=2,
                     fake_floor=0.5, taps=(1, 3), pooling="attention", init="td", lambda_adv=0.01, lambda_td=0.0,
                     student_steps=1, clip=10.0),
     "quick": dict(steps=20, batch=32, lr=5e-4, lr_fake=5e-4, lr_muon=5e-3, lr_discriminator=1e-3, fake_updates=2,

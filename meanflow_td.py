@@ -439,9 +439,9 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon
 PLANS = {
     # OURS: all of it, chosen by short runs of the teacher and of stage 1 on 2 CPU cores.
     "default": {
-        "network": dict(patch_size=4, hidden_size=96, depth=4, num_heads=4),
-        "teacher": dict(steps=12_000, batch=64, lr=3e-3, lr_muon=1e-2, clip=300.0),
-        "td": dict(steps=1000, batch=64, lr=1e-3, lr_muon=5e-3, clip=50.0, w=1.0),
+        "network": dict(patch_size=4, hidden_size=64, depth=4, num_heads=4),
+        "teacher": dict(steps=24_000, batch=64, lr=3e-3, lr_muon=1e-2, clip=300.0),
+        "td": dict(steps=1000, batch=64, lr=1e-3, lr_muon=2e-2, clip=50.0, w=1.0),
     },
     "quick": {
         "network": dict(patch_size=4, hidden_size=32, depth=2, num_heads=2),
@@ -881,7 +881,7 @@ def main(arguments=None):
     parser.add_argument("--teacher-steps", type=whole_number(1), help="updates of the teacher")
     parser.add_argument("--td-steps", type=whole_number(1), help="updates of the student")
     parser.add_argument("--w", type=positive_number,
-                        help="the teacher's guidance, baked in; 1 is none (default: 1.25, of imagenet 1.5)")
+                        help="the teacher's guidance, baked in; 1 is none (default: 1, of imagenet 1.5)")
     parser.add_argument("--cfg-channels", type=whole_number(1, 4), metavar="N",
                         help="of imagenet: guide the first N of 4 channels (default: 3, as published)")  # fmt: skip
     args = parser.parse_args(arguments)
