@@ -881,7 +881,8 @@ def main(arguments=None):
     parser.add_argument("--teacher-steps", type=whole_number(1), help="updates of the teacher")
     parser.add_argument("--td-steps", type=whole_number(1), help="updates of the student")
     parser.add_argument("--w", type=positive_number,
-                        help="the teacher's guidance, baked in; 1 is none (default: 1, of imagenet 1.5)")
+                        help="the teacher's guidance, baked in; 1 is none (default: "
+                        f"{PLANS['default']['td']['w']:g}, of imagenet {PLANS['imagenet256-xl2']['td']['w']:g})")
     parser.add_argument("--cfg-channels", type=whole_number(1, 4), metavar="N",
                         help="of imagenet: guide the first N of 4 channels (default: 3, as published)")  # fmt: skip
     args = parser.parse_args(arguments)
