@@ -332,7 +332,8 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, capsys, begun, monkeypa
     meanflow_td.main(["--teacher-steps", "1", "--td-steps", "1", "--out", str(tmp_path / "large")])
     capsys.readouterr()
     said = refuse(capsys, "meanflow_td.py", "--quick", "--out", tmp_path / "large")
-    assert "hidden_size = 96 there and 32 now" in said
+    width = meanflow_td.PLANS["default"]["network"]["hidden_size"]
+    assert f"hidden_size = {width} there and 32 now" in said
     config = json.loads((run / "config.json").read_text()) | {"hd": dmd_refine.PLANS["quick"] | {"lambda_adv": 0.3}}
     (run / "config.json").write_text(json.dumps(config))
     assert "config.json is damaged or was edited" in refuse(capsys, "dmd_refine.py", "--quick", "--out", run)
