@@ -438,7 +438,7 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon
 # What a run is made of. The sections go to the run folder's config.json; dmd_refine.py adds its own.
 PLANS = {
     # OURS: all of it, chosen by short runs of the teacher and of stage 1 on 2 CPU cores.
-    # TD is the touchy part: at these rates it does not come down again with twice the updates (README, glyphs).
+    # TD is the touchy part: with twice the updates its raw_error stays in the hundreds at these rates (README, glyphs).
     "default": {
         "network": dict(patch_size=4, hidden_size=64, depth=4, num_heads=4),
         "teacher": dict(steps=24_000, batch=64, lr=3e-3, lr_muon=1e-2, clip=300.0),
