@@ -20,7 +20,7 @@ have to be blown up to 299, GlyphJudge asks the same of a small classifier that 
     python evaluate.py --flops                                                   # what one image costs
 
 Run the same command again to go on where a stopped evaluation was. Scores are added to OUT/results.json; the table of
-a run on glyphs replaces the one in its folder.
+a run on glyphs replaces the one in its folder; that of another noise, --seed N, is in results-noiseN.json.
 One core of an AMD EPYC: 14.7 images/s, an hour for 50,000; 1.1 GB of memory. No GPU was at hand to time.
 DIFFERS: the paper (arXiv 2511.08930) does not name its evaluator; the protocol here is ADM's (arXiv 2105.05233), which
 DiT and SiT used: 50,000 samples with random labels against statistics of the whole training set.
@@ -845,11 +845,14 @@ def title(name, section):
 
 
 class RunJudge:
-    """Measures what a run on glyphs holds, a row for results.json each; a row that was measured once is kept."""
+    """Measures what a run on glyphs holds, a row for results.json each; a row that was measured once is kept.
 
-    def __init__(self, run, count):
-        self.run, self.count, self.size = run, count, run.plan["data"]["size"]
-        self.eps, self.y = run.noise(count, "evaluation"), torch.arange(count) % 10
+    noise_seed: of the noise that is turned into images, and of the glyphs that stand for perfect ones. The glyphs that
+    all are compared with stay."""
+
+    def __init__(self, run, count, noise_seed=0):
+        self.run, self.count, self.noise_seed, self.size = run, count, noise_seed, run.plan["data"]["size"]
+        self.eps, self.y = run.noise(count, f"evaluation{noise_seed or ''}"), torch.arange(count) % 10
         self.rows, self.spectra = [], {}
         state = run.folder.stage("classifier", self.train)
         print(f"The classifier knows {state['accuracy']:.4f} of held-out glyphs.")
@@ -879,11 +882,12 @@ class RunJudge:
             start = time.perf_counter()
             images, labels = draw()
             ms = 1000 * (time.perf_counter() - start) * world()[1] / self.count  # of one process
+            fingerprint = self.judge.fingerprint(labels) | ({"noise": self.noise_seed} if self.noise_seed else {})
             row = {"what": what, "seed": seed, "nfe": nfe, "w": w, **self.judge(images, labels), "ms_per_image": ms,
-                   "weights": weights_sha(net), "fingerprint": self.judge.fingerprint(labels)}  # fmt: skip
+                   "weights": weights_sha(net), "fingerprint": fingerprint}  # fmt: skip
             return {"row": row, "spectrum": power_spectrum(data.to_float(data.to_uint8(images)))}
 
-        by = f"{self.count}-of-{self.judge.count}-{self.judge.sha}"
+        by = f"{self.count}-of-{self.judge.count}-{self.judge.sha}" + f"-noise{self.noise_seed}" * bool(self.noise_seed)
         name = f"judged-{what}-seed{seed}-nfe{nfe}-w{w}-{by}-{weights_sha(net)}"
         state = self.run.folder.stage(re.sub("[^A-Za-z0-9.-]+", "_", name), compute)
         self.rows.append(state["row"])
@@ -891,7 +895,8 @@ class RunJudge:
 
     def data(self):
         """Another draw of the data: how good a perfect sampler would look."""
-        self.row("data against data", lambda: held_out_glyphs(self.size, self.count, seed=1), seed=1)
+        seed = 1 + self.noise_seed  # 0 is of the glyphs to compare with
+        self.row("data against data", lambda: held_out_glyphs(self.size, self.count, seed), seed=seed)
 
     def teacher(self):
         """The teacher as the students learn from it, by Euler at few calls and by Heun at 50; and at 50 with other
@@ -929,9 +934,11 @@ def print_rows(rows):
     print("fingerprint:", ", ".join(f"{key} {value}" for key, value in rows[-1]["fingerprint"].items()))
 
 
-def evaluate_run(run, count):
-    """evaluate.py --data glyphs: one table of all that the run holds, grid.png and spectrum.png; returns the rows."""
-    judge = RunJudge(run, count)
+def evaluate_run(run, count, noise_seed=0):
+    """evaluate.py --data glyphs: one table of all that the run holds, grid.png and spectrum.png; returns the rows.
+
+    With another noise_seed than 0 the rows go to results-noise<noise_seed>.json, and the pictures stay as they are."""
+    judge = RunJudge(run, count, noise_seed)
     judge.data()
     judge.teacher()
     grid = {"teacher, 50 calls": partial(sample_ode, run.load_teacher(), steps=25),
@@ -946,8 +953,12 @@ def evaluate_run(run, count):
                 grid[f"{title(name, section)}, 1 call"] = partial(sample, student)
     if world()[0]:  # the rest is rank 0's
         return judge.rows
-    data.write_json(run.folder.path / "results.json", judge.rows)
+    results = f"results-noise{noise_seed}.json" if noise_seed else "results.json"
+    data.write_json(run.folder.path / results, judge.rows)
     print_rows(judge.rows)
+    if noise_seed:
+        print(f"In {run.folder.path}: {results}.")
+        return judge.rows
     plot_spectrum(run.folder.path / "spectrum.png", {"data": judge.judge.spectrum, **judge.spectra})
     images = [data.to_uint8(sampler(run.grid_eps, run.grid_y))[::4] for sampler in grid.values()]
     data.save_grid(run.folder.path / "grid.png", np.concatenate(images), columns=len(images[0]))
@@ -1250,7 +1261,8 @@ def main(argv=None):
     add("--sampler", choices=tuple(SAMPLER_STEPS), default="student", help="all others: the teacher's (%(default)s)")
     add("--steps", type=whole_number(1, 1000), help="of the sampler (student 1, ddpm and sde 250, heun 125)")
     add("--classes", type=class_list, default="random", help="random, balanced, or numbers: 207,360 (%(default)s)")
-    add("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of labels and noise (%(default)s)")
+    add("--seed", type=whole_number(0, 2**32 - 2), default=0,
+        help="of labels and noise; with --data, another noise than the table's (%(default)s)")
     add("--w", type=data.positive_number, help="the teacher's guidance (that of the run, else 1.5)")
     add("--cfg-channels", type=whole_number(1, 4), help="of latents: guide the first N (that of the run, else 3)")
     add("--amp", choices=("bf16", "off"), default="off", help="bf16: matrix products in bf16 (%(default)s)")
@@ -1274,7 +1286,7 @@ def main(argv=None):
             with in_turn():
                 run = ImageRun(args, {}, needs=["teacher", "td"])
             held.enter_context(data.alone(run.folder.path))
-            evaluate_run(run, args.count or (QUICK_COUNT if args.quick else COUNT))
+            evaluate_run(run, args.count or (QUICK_COUNT if args.quick else COUNT), args.seed)
         return
     args.out = Path(args.out or "runs/evaluate")
     if not args.flops and not (args.images and (args.reference or args.save_npz)):

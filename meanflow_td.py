@@ -352,40 +352,42 @@ def student_objective(net, x_0, y, eps, generator, *, teacher=None, share_spans=
     return loss, {**terms, "raw_error": err.mean(), "v_error": err[r == t].mean(), "rows": per_row}
 
 
-def make_optimizers(net, lr, lr_muon=None, betas=(0.9, 0.99)):
+def make_optimizers(net, lr, lr_muon=None, momentum=None):
     """[(optimizer, its peak learning rate)] of all of net's parameters: Adam; Muon for a DiT's matrices, if lr_muon.
 
     Muon makes every singular value of a matrix's step alike, so that rare directions are learned as fast as common ones
     (PRIOR: Jordan et al., https://kellerjordan.github.io/posts/muon). OURS: to use Muon on glyphs, for all networks but
     the discriminator. After 2,000 updates the teacher's squared error per pixel of held-out glyphs was 0.217, with Adam
     at its best 0.239, at 1.3 times the time (seed 0 of an earlier version, whose glyphs varied more).
+    momentum: of both. None: the usual, Adam's beta_1 = 0.9 and Muon's 0.95.
     """
     matrices = [p for name, p in net.named_parameters() if "blocks." in name and p.ndim == 2 and lr_muon is not None]
     taken = set(map(id, matrices))
     others = [p for p in net.parameters() if id(p) not in taken]
+    beta_1, mu = (0.9, 0.95) if momentum is None else (momentum, momentum)
     # OURS: beta_2 = 0.99, a memory of 100 updates; MeanFlow has 0.95. TD of the toy did not care (0.95, 0.99 and 0.999,
     # one seed).
-    optimizers = [(torch.optim.Adam(others, lr=lr, betas=betas, fused=True), lr)]
+    optimizers = [(torch.optim.Adam(others, lr=lr, betas=(beta_1, 0.99), fused=True), lr)]
     if matrices:
-        optimizers.append((torch.optim.Muon(matrices, lr=lr_muon, momentum=0.95, weight_decay=0.0), lr_muon))
+        optimizers.append((torch.optim.Muon(matrices, lr=lr_muon, momentum=mu, weight_decay=0.0), lr_muon))
     return optimizers
 
 
-def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon=None, clip=20.0, ema_decay=0.999,
-          amp="off", accumulate=1, keep=None, look=None, log_every=100):  # fmt: skip
+def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon=None, momentum=None, clip=20.0,
+          ema_decay=0.999, amp="off", accumulate=1, keep=None, look=None, log_every=100):  # fmt: skip
     """Train `net` in place and return its average network (EMA) and a list of rows for metrics.csv.
 
     draw(batch, generator) -> x_0 (batch, ...), labels y (batch,) or None. objective(net, x_0, y, eps, generator) ->
-    loss, terms: one of those above. steps, batch: integers >= 1; lr, lr_muon: peaks of the learning rates, see
-    `make_optimizers`. seed, stream: what the randomness of each step is made from; networks that are to be compared
-    share them. name: what the bar and the rows call this network, with a row every `log_every` steps. clip: the
-    gradient's greatest norm; the toy's seldom reach 20. ema_decay: of `update_ema`. amp: of `autocast`.
-    accumulate: parts in which a batch is taken, one after the other, to save memory; objective is then called with
-    rows= too. keep: a data.Keep, and a killed training goes on. look(step, ema): called now and then, to draw samples.
+    loss, terms: one of those above. steps, batch: integers >= 1; lr, lr_muon: peaks of the learning rates, and
+    momentum: see `make_optimizers`. seed, stream: what the randomness of each step is made from; networks that are to
+    be compared share them. name: what the bar and the rows call this network, with a row every `log_every` steps. clip:
+    the gradient's greatest norm; the toy's seldom reach 20. ema_decay: of `update_ema`. amp: of `autocast`. accumulate:
+    parts in which a batch is taken, one after the other, to save memory; objective is then called with rows= too. keep:
+    a data.Keep, and a killed training goes on. look(step, ema): called now and then, to draw samples.
     Raises data.Diverged when the loss or its gradient is not finite.
     """
     device = next(net.parameters()).device
-    optimizers = make_optimizers(net, lr, lr_muon)
+    optimizers = make_optimizers(net, lr, lr_muon, momentum)
     ema, first, log = frozen_copy(net), 0, []
     parts = {"net": net, "ema": ema} | {f"optimizer{i}": optimizer for i, (optimizer, _) in enumerate(optimizers)}
     if keep is not None:
@@ -438,16 +440,17 @@ def train(net, draw, objective, *, steps, batch, lr, seed, stream, name, lr_muon
 # What a run is made of. The sections go to the run folder's config.json; dmd_refine.py adds its own.
 PLANS = {
     # OURS: all of it, chosen by short runs of the teacher and of stage 1 on 2 CPU cores.
-    # TD is the touchy part: with twice the updates its raw_error stays in the hundreds at these rates (README, glyphs).
+    # No momentum in stage 1: a step towards the target moves a fault e of the student by -(e + (t - r) de/dt), which
+    # turns it; steps repeated from before the turn make it grow. With momentum, more updates made TD worse (README).
     "default": {
         "network": dict(patch_size=4, hidden_size=64, depth=4, num_heads=4),
         "teacher": dict(steps=24_000, batch=64, lr=3e-3, lr_muon=1e-2, clip=300.0),
-        "td": dict(steps=1000, batch=64, lr=1e-3, lr_muon=2e-2, clip=50.0, w=1.0),
+        "td": dict(steps=1000, batch=64, lr=1e-3, lr_muon=2e-2, momentum=0.0, clip=50.0, w=1.0),
     },
     "quick": {
         "network": dict(patch_size=4, hidden_size=32, depth=2, num_heads=2),
         "teacher": dict(steps=60, batch=32, lr=3e-3, lr_muon=1e-2, clip=300.0),
-        "td": dict(steps=30, batch=32, lr=1e-3, lr_muon=5e-3, clip=50.0, w=1.0),
+        "td": dict(steps=30, batch=32, lr=1e-3, lr_muon=5e-3, momentum=0.0, clip=50.0, w=1.0),
     },
     # The student is as large as the teacher, and starts from its weights.
     # PRIOR: batch, lr, ema_decay and a quarter of spans are MeanFlow's for ImageNet (arXiv 2505.13447, official code);
@@ -643,7 +646,7 @@ class ImageRun:
             self.save_samples(f"{name}-{step:06d}", sampler(ema, self.grid_eps, self.grid_y))
 
         def compute(keep):
-            keys = ("steps", "batch", "lr", "lr_muon", "clip", "ema_decay")
+            keys = ("steps", "batch", "lr", "lr_muon", "momentum", "clip", "ema_decay")
             plan = {key: self.plan[section][key] for key in keys if key in self.plan[section]}
             self.set_passes(net)
             ema, rows = train(net, self.draw, objective, **plan, **self.how, stream=section, name=name,

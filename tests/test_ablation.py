@@ -22,7 +22,7 @@ from models import student_from_teacher
 
 
 def test_variants_differ_in_what_they_are_named_for_and_share_the_budget():
-    plan, td = dmd_refine.PLANS["default"], dict(steps=700, batch=64, lr=1e-3, clip=1.0, w=1.0)
+    plan, td = dmd_refine.PLANS["default"], dict(steps=700, batch=64, lr=1e-3, momentum=0.3, clip=1.0, w=1.0)
     sections = dmd_refine.ablation_plan(plan, td)
     assert set(sections) == set(NAMES) and sections["hd"] == plan
     changed = {name: {key for key in plan if section.get(key) != plan[key]} for name, section in sections.items()}
@@ -31,6 +31,7 @@ def test_variants_differ_in_what_they_are_named_for_and_share_the_budget():
     for name, section in sections.items():
         without_td = name in ("hd-no-td", "dmd-no-td", "scratch")
         assert section["steps"] == plan["steps"] + 700 * without_td, name
+    assert sections["scratch"] == {key: td[key] for key in td if key != "w"} | {"steps": plan["steps"] + 700}
 
 
 def test_tables_name_students_by_their_settings():
@@ -54,7 +55,7 @@ def test_each_variant_is_trained_by_what_its_name_says(tmp_path, monkeypatch, ca
         return student, []
 
     def train(net, draw, objective, *, name, steps, **settings):
-        jobs[name] = weights(net), objective, steps
+        jobs[name] = weights(net), objective, steps, settings["momentum"]
         return net, []
 
     def weights(net):
@@ -75,7 +76,8 @@ def test_each_variant_is_trained_by_what_its_name_says(tmp_path, monkeypatch, ca
     command = [*out, "--ablation", "--seeds", "1", "--refine-steps", "7", "--workers", "1"]
     dmd_refine.main(command)
     teacher, td = (torch.load(tmp_path / f"{name}.pt", weights_only=True)["net"] for name in ("teacher", "td"))
-    start, objective, steps = jobs.pop("scratch-seed0")
+    start, objective, steps, momentum = jobs.pop("scratch-seed0")
+    assert momentum == 0  # as TD has it
     assert objective is meanflow_td.student_objective and steps == 12  # which without a teacher learns from eps - x_0
     assert not agree(start, td) and not agree(start, teacher)
     expected = {"hd": (td, {"attention"}, 7), "mean": (td, {"mean"}, 7), "dmd": (td, None, 7),

@@ -192,7 +192,7 @@ def recorded(monkeypatch, fake):  # noqa: F811
     monkeypatch.setattr(dmd_refine, "evaluate_run", lambda run, count: recorder.note("evaluate_run", count) or [])
     monkeypatch.setattr(dmd_refine, "gradient_variance", lambda run, seed: {"seed": seed, "data": 2.0, "teacher": 1.0})
     monkeypatch.setattr(dmd_refine, "plot_ablation", lambda *_: None)
-    monkeypatch.setattr(evaluate, "evaluate_run", lambda run, count: recorder.note("evaluate_run", run.plan, count))
+    monkeypatch.setattr(evaluate, "evaluate_run", lambda run, *how: recorder.note("evaluate_run", run.plan, *how))
     monkeypatch.setattr(evaluate, "load_inception",
                         lambda path: recorder.note("inception", str(path)) or (FakeNet(), "6726825d" + 56 * "0"))
     extract = evaluate.extract

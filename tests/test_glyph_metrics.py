@@ -307,6 +307,7 @@ def test_a_student_is_judged_in_its_calls_and_the_floor_by_other_glyphs():
     net, rows = object(), []
     judge = evaluate.RunJudge.__new__(evaluate.RunJudge)
     judge.run, judge.size, judge.count = types.SimpleNamespace(load=lambda name, two_times: net), SIZE, 40
+    judge.noise_seed = 0
     judge.sample = lambda sampler, what: (sampler.func, sampler.args, sampler.keywords)
     judge.row = lambda what, draw, **settings: rows.append((what, draw(), settings))
     judge.student("two-seed3", "two", 3, 2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import broken, tiny_teacher, without_times
 from scipy.integrate import solve_ivp
+from torch import nn
 
 import meanflow_td
 from data import GaussianMixture, rng
@@ -265,6 +266,53 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adam_all_else():
     assert of(muon) == {name for name in names.values() if ".blocks." in name and name.endswith(".weight")}
     assert len(of(muon)) == 10 and not of(adam) & of(muon)  # of two blocks: qkv, proj, fc1, fc2, adaLN
     assert len(meanflow_td.make_optimizers(net, 1e-3)) == 1
+
+
+def test_momentum_is_that_of_both_optimizers(monkeypatch):
+    net = tiny_teacher()
+    for given, expected in ((None, (0.9, 0.95)), (0.0, (0.0, 0.0)), (0.3, (0.3, 0.3))):
+        (adam, _), (muon, _) = meanflow_td.make_optimizers(net, 1e-3, 1e-2, given)
+        assert (adam.param_groups[0]["betas"][0], muon.param_groups[0]["momentum"]) == expected
+    heard, made = [], meanflow_td.make_optimizers
+    monkeypatch.setattr(meanflow_td, "make_optimizers", lambda *args: heard.append(args[1:]) or made(*args))
+    draw = lambda n, g: (torch.zeros(n, 1, 8, 8), torch.zeros(n, dtype=torch.long))  # noqa: E731
+    meanflow_td.train(net, draw, meanflow_td.teacher_objective, steps=1, batch=2, seed=0, stream="t", name="t",
+                      lr=1e-3, lr_muon=1e-2, momentum=0.3)  # fmt: skip
+    assert heard == [(1e-3, 1e-2, 0.3)]
+
+
+class Wave(nn.Module):
+    """u = a cos 20t + b sin 20t: a fault of the student that swings along the path."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([1.0, 0.0]))
+
+    def forward(self, x_t, *, t, r):
+        return (self.a[0] * torch.cos(20 * t) + self.a[1] * torch.sin(20 * t))[:, None]
+
+
+def size_after_training(momentum, spans):
+    """How large a Wave is after 300 updates towards a velocity of 0, from 1."""
+    net, t, nothing = Wave(), torch.linspace(0.005, 1, 200), torch.zeros(200, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.005, momentum=momentum, dampening=momentum)
+    for _ in range(300):
+        loss, _ = meanflow_td.meanflow_loss(net, nothing, nothing, r=torch.zeros(200) if spans else t, t=t, p=0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net.a.norm().item()
+
+
+def test_momentum_makes_a_fault_grow_that_du_dt_turns():
+    """Why PLANS has no momentum in stage 1 on glyphs. The step towards the target, -(u + (t - r) du/dt), shrinks a Wave
+    and turns it, since a derivative makes a sine of a cosine; at 20 rad it turns it ten times as much (eigenvalues
+    1 +- 10i, of the gradient of |u - u_target|^2). Momentum repeats steps that were made for where the Wave was before
+    it turned, and these drive it outwards; so would a step four times as long, without momentum."""
+    assert size_after_training(0.0, spans=True) < 0.5
+    assert size_after_training(0.95, spans=True) > 10
+    assert size_after_training(0.95, spans=False) < 0.5  # r = t: nothing turns
+    assert meanflow_td.PLANS["default"]["td"]["momentum"] == 0
 
 
 def check_dropout(module):

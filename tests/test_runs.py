@@ -422,15 +422,15 @@ def test_rows_of_the_table_are_those_of_the_networks_that_are_there(tmp_path, be
     run = meanflow_td.saved_run(begun, "cpu")
     run.folder = data.RunFolder(tmp_path / "run", {})
     judge = evaluate.RunJudge.__new__(evaluate.RunJudge)
-    judge.run, judge.rows, judge.spectra, judge.judge, judge.count = run, [], {}, Mean(), 2
+    judge.run, judge.rows, judge.spectra, judge.judge, judge.count, judge.noise_seed = run, [], {}, Mean(), 2, 0
     net = run.network("student", two_times=True)
     for value in (1.0, 2.0, 2.0):
         torch.nn.init.constant_(next(net.parameters()), value)
         judge.row("TD", lambda: (torch.full((2, 1, 16, 16), value), torch.zeros(2)), net=net)
         assert judge.rows[-1]["mean"] == value
     judge.row("TD", None, net=net)  # measured already
-    for key, value in (("count", 9), ("sha", "2")):  # but not by this judge
-        setattr(judge.judge, key, value)
+    for which, key, value in ((judge, "noise_seed", 1), (judge.judge, "count", 9), (judge.judge, "sha", "2")):
+        setattr(which, key, value)  # but not of this noise, or by this judge
         with pytest.raises(TypeError):
             judge.row("TD", None, net=net)
 
@@ -580,6 +580,12 @@ def test_the_chain(tmp_path, capsys):
         assert capsys.readouterr().out == text
     after = snapshot(out)
     assert {path for path in before if before[path] != after[path]} == set() and before.keys() == after.keys()
+    run(*commands[-1], "--seed", "1", "--out", out)
+    others, left = json.loads((out / "results-noise1.json").read_text()), snapshot(out)
+    assert {path for path in after if after[path] != left[path]} == set()
+    assert [row["what"] for row in others] == [row["what"] for row in rows]
+    assert all(one["frechet"] != other["frechet"] and other["fingerprint"] == one["fingerprint"] | {"noise": 1}
+               for one, other in zip(rows, others))  # fmt: skip
 
 
 @pytest.mark.slow
