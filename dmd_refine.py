@@ -180,21 +180,12 @@ def both_halves(x, rows):
     return torch.cat([half[rows] for half in x.chunk(2)])
 
 
-SHARE_ONE_CALL = 0.75  # OURS: share of the rows that a student of 2 steps makes in 1 call, the harder to learn
-
-
-def by_calls(x, steps):
-    """x (B, ...), split into the rows that are made in 1 call and, of a student of 2 steps, those that take 2."""
-    one_call = math.ceil(SHARE_ONE_CALL * len(x))
-    return [x] if steps == 1 else [x[:one_call], x[one_call:]]
-
-
 def student_samples(student, eps, y, steps):
-    """x_gen (B, ...) with its graph. A student of 2 steps makes some of the rows in 1 call and the others in 2, so that
+    """x_gen (B, ...) with its graph. A student of 2 steps makes half of the rows in 1 call and the others in 2, so that
     it learns both, and its second call is trained on the very states that its first call leaves."""
-    labels = [None] * steps if y is None else by_calls(y, steps)
+    labels = [None] * steps if y is None else y.tensor_split(steps)
     return torch.cat([generate(student, part, y_part, 1 + k)
-                      for k, (part, y_part) in enumerate(zip(by_calls(eps, steps), labels))])  # fmt: skip
+                      for k, (part, y_part) in enumerate(zip(eps.tensor_split(steps), labels))])  # fmt: skip
 
 
 class FakeByCalls(nn.Module):
@@ -211,7 +202,7 @@ class FakeByCalls(nn.Module):
         fake.net.y_embedder.embedding_table = nn.Embedding.from_pretrained(table.repeat(steps, 1), freeze=False)
 
     def forward(self, x_t, *, t, y):
-        y = torch.cat([part + k * self.labels for k, part in enumerate(by_calls(y, self.steps))])
+        y = torch.cat([part + k * self.labels for k, part in enumerate(y.tensor_split(self.steps))])
         return self.fake(x_t, t=t, y=y)
 
 
