@@ -329,6 +329,7 @@ def check_device(parser, device):
         if "LOCAL_RANK" in os.environ and torch.device(device).type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=device)
+        torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would move du/dt and Inception's features
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {device} can't be used here ({str(error).splitlines()[0]}): try --device cpu")
 
@@ -1000,17 +1001,27 @@ def load_vae(name):
     return vae.eval().requires_grad_(False), sha256
 
 
+def in_tf32():
+    """A context for the VAE: its convolutions may round to TF32 on a GPU, torch's default, which `check_device` ends.
+
+    OURS: on an H200, at SD's sizes and random weights, latents move by 0.1 % and images by 0.2 % of their norm, a pass
+    takes a fifth of the time or less, and cuDNN is not tempted to take 33 GB for a batch of 8 or 32."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=True)
+
+
 @torch.no_grad()
 def encode_moments(vae, x, batch=32):
     """Images x (B, 3, H, W) in [-1, 1] -> mean and logvar of their latents (B, 2, C, h, w), on the VAE's device."""
     device = next(vae.parameters()).device
-    return torch.cat([torch.stack(vae.encode(part.to(device)), 1) for part in x.split(batch)])
+    with in_tf32():
+        return torch.cat([torch.stack(vae.encode(part.to(device)), 1) for part in x.split(batch)])
 
 
 @torch.no_grad()
 def decode_latents(vae, x, scale, batch=16):
     """Latents x (B, C, h, w), `scale` times the VAE's -> images (B, 3, H, W), about [-1, 1] and not clamped."""
-    return torch.cat([vae.decode(part / scale) for part in x.split(batch)])
+    with in_tf32():
+        return torch.cat([vae.decode(part / scale) for part in x.split(batch)])
 
 
 def draw_latents(moments, scale, noise):

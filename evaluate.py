@@ -1269,7 +1269,6 @@ def main(argv=None):
     add("--speed-up", action="store_true", help="time the teacher's sampler too, on one batch")
     args = parser.parse_args(argv)
     check_device(parser, args.device)
-    torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would move features beyond 1e-4
     if args.sample:
         if args.out is None:
             parser.error("--sample needs --out, a folder for the images")

@@ -3,6 +3,7 @@
 Filled weights learn nothing: what is tested is that every part gets the right thing from the one before.
 """
 
+import argparse
 import contextlib
 import io
 import itertools
@@ -575,6 +576,17 @@ def test_a_painting_is_of_the_labels_the_noise_the_steps_and_the_precision_that_
 def test_latents_are_decoded_in_the_vaes_own_scale():
     vae, x = tiny_vae(), torch.randn(3, 4, 8, 8, generator=data.rng(0, "latents"))
     torch.testing.assert_close(data.decode_latents(vae, x, 0.18215), vae.decode(x / 0.18215))
+
+
+def test_convolutions_are_rounded_to_tf32_in_the_vae_alone(monkeypatch):
+    vae, seen = tiny_vae(), []
+    data.check_device(argparse.ArgumentParser(), "cpu")
+    for name in ("encode", "decode"):
+        call = getattr(vae, name)
+        watched = partial(lambda call, x: seen.append(torch.backends.cudnn.allow_tf32) or call(x), call)
+        monkeypatch.setattr(vae, name, watched)
+    data.decode_latents(vae, data.encode_moments(vae, torch.zeros(1, 3, 64, 64))[:, 0], 1.0)
+    assert seen == [True, True] and not torch.backends.cudnn.allow_tf32
 
 
 def test_the_teacher_of_stage_1_is_guided_as_the_flags_say(made, tmp_path, monkeypatch):
