@@ -11,8 +11,8 @@ import data
 import evaluate
 from awd import AdaptiveWeightedDiscriminator
 from dmd_refine import discriminator_loss, fake_branch_loss, generator_loss
-from meanflow_td import autocast, draw_times, generate, meanflow_loss, meanflow_target, sample
-from models import AutoencoderKL, DiT, DiTTeacher, SiTTeacher, Teacher, frozen_copy
+from meanflow_td import autocast, draw_times, generate, meanflow_loss, meanflow_target, sample, sample_ode
+from models import AutoencoderKL, DiT, DiTTeacher, SiTTeacher, Teacher, frozen_copy, sample_sde
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 NET = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=3, num_heads=4, num_classes=10,
@@ -96,6 +96,19 @@ def test_samples_from_the_same_noise_are_those_of_the_cpu():
     student, y = tiny_teacher(two_times=True), torch.arange(6) % 3
     eps = torch.randn(6, 1, 8, 8, generator=data.rng(0, "evaluation"))
     assert close(sample(student, eps, y, steps=2), sample(student.to(CUDA), eps.to(CUDA), y.to(CUDA), steps=2), 1e-4)
+
+
+@pytest.mark.parametrize("kind, sampler", [
+    (SiTTeacher, lambda teacher, eps, y, noises: sample_ode(teacher, eps, y, 5)),
+    (SiTTeacher, lambda teacher, eps, y, noises: sample_sde(teacher, eps, y, 5, generator=noises)),
+    (DiTTeacher, lambda teacher, eps, y, noises: teacher.sample_ddpm(eps, y, 5, generator=noises)),
+], ids=["heun", "sde", "ddpm"])  # fmt: skip
+def test_a_teachers_samples_from_the_same_noises_are_those_of_the_cpu(kind, sampler):
+    teacher, y = kind(fill(DiT(**NET)).requires_grad_(False), w=1.5), torch.arange(6)
+    eps = torch.randn(6, 4, 8, 8, generator=data.rng(0, "evaluation"))
+    expected, found = (sampler(teacher.to(device), eps.to(device), y.to(device),
+                               [data.rng(0, "sampler", i) for i in range(6)]) for device in ("cpu", CUDA))  # fmt: skip
+    assert close(expected, found, 1e-3)
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
