@@ -21,7 +21,7 @@ have to be blown up to 299, GlyphJudge asks the same of a small classifier that 
 
 Run the same command again to go on where a stopped evaluation was. Scores are added to OUT/results.json; the table of
 a run on glyphs replaces the one in its folder; that of another noise, --seed N, is in results-noiseN.json.
-One core of an AMD EPYC: 14.7 images/s, an hour for 50,000; 1.1 GB of memory. No GPU was at hand to time.
+One core of an AMD EPYC: 14.7 images/s, an hour for 50,000; 1.1 GB of memory. On a GPU it was not timed.
 DIFFERS: the paper (arXiv 2511.08930) does not name its evaluator; the protocol here is ADM's (arXiv 2105.05233), which
 DiT and SiT used: 50,000 samples with random labels against statistics of the whole training set.
 """
