@@ -864,9 +864,9 @@ FACES = (  # OURS: the text faces among matplotlib's fonts; the others hold symb
 )  # fmt: skip
 SUPERSAMPLE = 4  # drawn 4 times too large, then averaged: anti-aliasing of strokes that are 1 px wide
 # OURS: these three, so narrow that a one-call student this small keeps up with its teacher (README: wider ones).
-HEIGHT = (0.65, 0.75)  # TRY: lowest and greatest height of a digit, as a share of the image
-MAX_TURN = 5.0  # degrees, either way
-MAX_SHIFT = 1 / 32  # of the image, either way, and never so far that a stroke leaves the image
+HEIGHT = (0.635, 0.75)  # TRY: lowest and greatest height of a digit, as a share of the image
+MAX_TURN = 6.0  # degrees, either way
+MAX_SHIFT = 1 / 24  # of the image, either way, and never so far that a stroke leaves the image
 DRAWS_PER_BLOCK = 256  # random numbers come in blocks, because seeding a generator takes longer than drawing from it
 
 

@@ -180,12 +180,20 @@ def both_halves(x, rows):
     return torch.cat([half[rows] for half in x.chunk(2)])
 
 
+ONE_CALL = 0.75  # OURS: share of rows that a student of 2 steps makes in 1 call, since one call is harder to learn
+
+
+def by_calls(x, steps):
+    """The rows of x (B, ...) that a student of `steps` steps, 1 or 2, makes in 1 call, and if 2 those in 2 calls."""
+    return (x,) if steps == 1 else x.tensor_split([round(ONE_CALL * len(x))])
+
+
 def student_samples(student, eps, y, steps):
-    """x_gen (B, ...) with its graph. A student of 2 steps makes half of the rows in 1 call and the others in 2, so that
+    """x_gen (B, ...) with its graph. A student of 2 steps makes some of the rows in 1 call and the others in 2, so that
     it learns both, and its second call is trained on the very states that its first call leaves."""
-    labels = [None] * steps if y is None else y.tensor_split(steps)
+    labels = [None] * steps if y is None else by_calls(y, steps)
     return torch.cat([generate(student, part, y_part, 1 + k)
-                      for k, (part, y_part) in enumerate(zip(eps.tensor_split(steps), labels))])  # fmt: skip
+                      for k, (part, y_part) in enumerate(zip(by_calls(eps, steps), labels))])  # fmt: skip
 
 
 class FakeByCalls(nn.Module):
@@ -202,14 +210,14 @@ class FakeByCalls(nn.Module):
         fake.net.y_embedder.embedding_table = nn.Embedding.from_pretrained(table.repeat(steps, 1), freeze=False)
 
     def forward(self, x_t, *, t, y):
-        y = torch.cat([part + k * self.labels for k, part in enumerate(y.tensor_split(self.steps))])
+        y = torch.cat([part + k * self.labels for k, part in enumerate(by_calls(y, self.steps))])
         return self.fake(x_t, t=t, y=y)
 
 
 def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, seed, stream, name, taps=(),
            lambda_adv=0.1, lambda_td=0.0, student_steps=1, lr=3e-3, lr_fake=2e-3, lr_muon=None,
-           lr_discriminator=1e-3, fake_updates=2, fake_floor=0.0, clip=20.0, ema_decay=0.999, amp="off", accumulate=1,
-           keep=None, look=None, log_every=100):  # fmt: skip
+           lr_discriminator=1e-3, fake_updates=2, fake_floor=0.0, t_power=1.0, clip=20.0, ema_decay=0.999, amp="off",
+           accumulate=1, keep=None, look=None, log_every=100):  # fmt: skip
     """Train the student in place by L_G, with its helpers; return its average network (EMA) and rows for metrics.csv.
 
     student: two times, from stage 1 (or without it, for the control). teacher: frozen, see `generator_loss`. fake: a
@@ -220,9 +228,11 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
     can do both (a DiT with labels). fake_updates: of the fake branch for each of the student's (PRIOR: DMD2's
     two-time-scale rule, there 5; OURS: 2 for each, since these networks learn fast). Learning rates are peaks, and fall
     to 0, the fake branch's to `fake_floor` times its peak (OURS: so that it keeps up with a student that comes to
-    rest); lr_muon of student and fake branch, see `meanflow_td.make_optimizers`. seed, stream, name, clip, ema_decay,
-    amp, accumulate, keep: as in `meanflow_td.train`; each part of a batch brings the discriminator's spectral norms a
-    step further.
+    rest); lr_muon of student and fake branch, see `meanflow_td.make_optimizers`. t_power: x_gen is noised to the times
+    u^t_power, u uniform, stretched to T_MIN .. T_MAX (OURS: below 1 there is more noise, which hides the detail and
+    shows the whole: recall rises, and so does the distance, README). seed, stream, name, clip, ema_decay, amp,
+    accumulate, keep: as in `meanflow_td.train`; each part of a batch brings the discriminator's spectral norms a step
+    further.
     look(step, ema, fake): called now and then, to draw pictures.
     Raises data.Diverged when a loss, a gradient or a sample is not finite.
     """
@@ -278,7 +288,7 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
                 discriminator, teacher, x_data[rows], x_gen[rows], pick(y, rows), both_halves(noise, rows),
                 both_halves(t, rows), taps=taps))  # fmt: skip
         eps, noise = normal_like(x_data, generator), normal_like(x_data, generator)
-        t = uniform(T_MIN, T_MAX, batch, generator)
+        t = T_MIN + (T_MAX - T_MIN) * uniform(0, 1, batch, generator) ** t_power
         drawn = generator.get_state()
 
         def loss_of(rows):
@@ -324,9 +334,9 @@ def refine(student, teacher, fake, draw, *, discriminator=None, steps, batch, se
 # The settings of one variant, under its name a section of the run folder's config.json.
 PLANS = {
     # OURS: all of it, found on glyphs.
-    "default": dict(steps=1750, batch=64, lr=1e-3, lr_fake=1e-3, lr_muon=5e-3, lr_discriminator=5e-3, fake_updates=2,
-                    fake_floor=0.5, taps=(1, 3), pooling="attention", init="td", lambda_adv=0.01, lambda_td=0.0,
-                    student_steps=1, clip=10.0),
+    "default": dict(steps=6000, batch=32, lr=1e-3, lr_fake=1e-3, lr_muon=6e-3, lr_discriminator=5e-3, fake_updates=2,
+                    fake_floor=0.5, t_power=0.75, taps=(1, 3), pooling="attention", init="td", lambda_adv=0.1,
+                    lambda_td=0.0, student_steps=1, clip=10.0),
     "quick": dict(steps=20, batch=32, lr=5e-4, lr_fake=5e-4, lr_muon=5e-3, lr_discriminator=1e-3, fake_updates=2,
                   taps=(0, 1), pooling="attention", init="td", lambda_adv=0.1, lambda_td=0.0, student_steps=1,
                   clip=10.0),

@@ -443,9 +443,9 @@ PLANS = {
     # No momentum in stage 1: a step towards the target moves a fault e of the student by -(e + (t - r) de/dt), which
     # turns it; steps repeated from before the turn make it grow. With momentum, more updates made TD worse (README).
     "default": {
-        "network": dict(patch_size=4, hidden_size=64, depth=4, num_heads=4),
-        "teacher": dict(steps=24_000, batch=64, lr=3e-3, lr_muon=1e-2, clip=300.0),
-        "td": dict(steps=1000, batch=64, lr=1e-3, lr_muon=2e-2, momentum=0.0, clip=50.0, w=1.0),
+        "network": dict(patch_size=4, hidden_size=48, depth=4, num_heads=3),
+        "teacher": dict(steps=48_000, batch=64, lr=3e-3, lr_muon=1e-2, clip=300.0),
+        "td": dict(steps=4000, batch=64, lr=1e-3, lr_muon=2e-2, momentum=0.0, clip=50.0, w=1.0),
     },
     "quick": {
         "network": dict(patch_size=4, hidden_size=32, depth=2, num_heads=2),

@@ -224,18 +224,18 @@ def network():
 
 
 def check_two_steps(module):
-    """Half of the rows by the formula of one call, the others by that of two, and the gradients of both calls."""
+    """Three rows of four by the formula of one call, the others by that of two, and the gradients of both calls."""
     net, eps = network(), torch.randn(8, 2, generator=rng(0, "eps"), dtype=torch.float64)
     zero, half, one = (torch.full((8,), t, dtype=torch.float64) for t in (0, 0.5, 1))
-    first = eps[:4] - net(eps[:4], t=one[:4], r=zero[:4])
-    x_half = eps[4:] - net(eps[4:], t=one[4:], r=half[4:]) / 2  # x_1/2 = eps - u(eps, 1/2, 1) / 2
-    second = x_half - net(x_half, t=half[4:], r=zero[4:]) / 2  # x_0 = x_1/2 - u(x_1/2, 0, 1/2) / 2
+    first = eps[:6] - net(eps[:6], t=one[:6], r=zero[:6])
+    x_half = eps[6:] - net(eps[6:], t=one[6:], r=half[6:]) / 2  # x_1/2 = eps - u(eps, 1/2, 1) / 2
+    second = x_half - net(x_half, t=half[6:], r=zero[6:]) / 2  # x_0 = x_1/2 - u(x_1/2, 0, 1/2) / 2
     x_gen = module.student_samples(net, eps, None, 2)
     torch.testing.assert_close(x_gen, torch.cat([first, second]))
     expected = torch.autograd.grad(torch.cat([first, second]).square().sum(), net.parameters())
     for ours, theirs in zip(torch.autograd.grad(x_gen.square().sum(), net.parameters()), expected):
         torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(module.student_samples(net, eps[:4], None, 1), first)
+    torch.testing.assert_close(module.student_samples(net, eps[:6], None, 1), first)
 
 
 def test_a_student_of_two_steps_learns_both():
@@ -249,9 +249,9 @@ def test_a_student_of_two_steps_learns_both():
 
 
 def check_fake_by_calls(module):
-    """The fake branch knows samples of 1 call by the labels 0 to 2 and those of 2 by 4 to 6: it is trained on them and
-    asked by them."""
-    fake, y, told = tiny_teacher(3), torch.arange(8) % 3, torch.tensor([0, 1, 2, 0, 5, 6, 4, 5])
+    """The fake branch knows samples of 1 call by the labels 0 to 2 and those of 2 by 4 and 5 (and 6, of which there are
+    none here): it is trained on them and asked by them."""
+    fake, y, told = tiny_teacher(3), torch.arange(8) % 3, torch.tensor([0, 1, 2, 0, 1, 2, 4, 5])
     asked = []
     fake.net.register_forward_pre_hook(lambda net, args, kwargs: asked.append(kwargs["y"]), with_kwargs=True)
     before = fake.net.y_embedder.embedding_table.weight.detach().clone()  # 3 classes and the null class
@@ -261,7 +261,7 @@ def check_fake_by_calls(module):
     after = fake.net.y_embedder.embedding_table.weight.detach()
     assert after.shape == (8, 16) and len(asked) == 6 and all(torch.equal(labels, told) for labels in asked)
     moved = (after != before.repeat(2, 1)).any(dim=1)
-    assert moved.tolist() == [True, True, True, False, True, True, True, False]
+    assert moved.tolist() == [True, True, True, False, True, True, False, False]
     x_t, t = torch.randn(8, 1, 8, 8, generator=rng(0, "x")), torch.full((8,), 0.5)
     branch = module.FakeByCalls(tiny_teacher(3), 2)
     torch.testing.assert_close(branch(x_t, t=t, y=y), tiny_teacher(3)(x_t, t=t, y=y))  # at first a copy
@@ -359,6 +359,31 @@ def test_updates_have_their_rates_and_their_clip(monkeypatch):
         with pytest.raises(AssertionError):
             check_steps(broken(meanflow_td, td) if td else meanflow_td,
                         broken(dmd_refine, refine) if refine else dmd_refine, monkeypatch)  # fmt: skip
+
+
+def check_t_power(module, monkeypatch):
+    """The times that x_gen is noised to for the student: at t_power 1/2 the roots of those at 1 (but for the ends)."""
+    student, teacher, fake, _, _, _, x_data, _, _ = cast()
+    loss, seen = module.generator_loss, []
+
+    def watched(*args, **kwargs):
+        seen.append(args[6])  # t
+        return loss(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "generator_loss", watched)
+        for t_power in (1.0, 0.5):
+            module.refine(student, teacher, fake, lambda n, g: (x_data[:n], None), steps=1, batch=16, seed=0,
+                          stream="t", name="t", t_power=t_power)  # fmt: skip
+    uniform, high = seen
+    torch.testing.assert_close(high, 0.02 + 0.96 * ((uniform - 0.02) / 0.96).sqrt())
+
+
+def test_t_power_noises_more(monkeypatch):
+    check_t_power(dmd_refine, monkeypatch)
+    for wrong in (" ** (1 / t_power)", ""):
+        with pytest.raises(AssertionError):
+            check_t_power(broken(dmd_refine, (" ** t_power", wrong)), monkeypatch)
 
 
 @pytest.mark.parametrize("images", [False, True])
