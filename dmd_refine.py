@@ -185,7 +185,7 @@ ONE_CALL = 0.75  # OURS: share of rows that a student of 2 steps makes in 1 call
 
 def by_calls(x, steps):
     """The rows of x (B, ...) that a student of `steps` steps, 1 or 2, makes in 1 call, and if 2 those in 2 calls."""
-    return (x,) if steps == 1 else x.tensor_split([round(ONE_CALL * len(x))])
+    return (x,) if steps == 1 else x.tensor_split([int(ONE_CALL * len(x))])
 
 
 def student_samples(student, eps, y, steps):

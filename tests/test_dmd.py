@@ -236,12 +236,14 @@ def check_two_steps(module):
     for ours, theirs in zip(torch.autograd.grad(x_gen.square().sum(), net.parameters()), expected):
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(module.student_samples(net, eps[:6], None, 1), first)
+    assert [len(part) for part in module.by_calls(eps[:2], 2)] == [1, 1]  # as few rows as --accumulate may leave
 
 
 def test_a_student_of_two_steps_learns_both():
     check_two_steps(dmd_refine)
-    with pytest.raises(AssertionError):
-        check_two_steps(broken(dmd_refine, ("y_part, 1 + k)", "y_part, 2)")))
+    for old, new in [("y_part, 1 + k)", "y_part, 2)"), ("ONE_CALL = 0.75", "ONE_CALL = 0.5"), ("[int(ONE", "[round(ONE")]:
+        with pytest.raises(AssertionError):
+            check_two_steps(broken(dmd_refine, (old, new)))
     module = broken(dmd_refine)
     module.generate = broken(meanflow_td, ("        x = x - net(", "        x = x.detach() - net(")).generate
     with pytest.raises(AssertionError):  # the samples are right, and the first call learns nothing
