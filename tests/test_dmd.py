@@ -241,7 +241,8 @@ def check_two_steps(module):
 
 def test_a_student_of_two_steps_learns_both():
     check_two_steps(dmd_refine)
-    for old, new in [("y_part, 1 + k)", "y_part, 2)"), ("ONE_CALL = 0.75", "ONE_CALL = 0.5"), ("[int(ONE", "[round(ONE")]:
+    for old, new in [("y_part, 1 + k)", "y_part, 2)"), ("ONE_CALL = 0.75", "ONE_CALL = 0.5"),
+                     ("int(ONE_CALL", "round(ONE_CALL")]:  # fmt: skip
         with pytest.raises(AssertionError):
             check_two_steps(broken(dmd_refine, (old, new)))
     module = broken(dmd_refine)
