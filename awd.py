@@ -19,8 +19,7 @@ The baseline, pooling="mean", is the same head with a_i = 1/N. Nothing else diff
     logits = AdaptiveWeightedDiscriminator(dims=[128])(features)      features: a list of (B, N, C), one a tapped layer
     loss_d = discriminator_hinge(logits of data, logits of samples);  loss_g = generator_hinge(logits of samples)
 
-What the paper does not tell: the loss (hinge here, PRIOR: LADD), the layers, and the head's width. This file imports no
-file of ours.
+What the paper does not tell: the loss (hinge here, PRIOR: LADD), the layers, and the head's width.
 """
 
 import torch
@@ -73,17 +72,21 @@ class AdaptiveWeightedDiscriminator(nn.Module):
             raise ValueError(f"pooling is 'attention' or 'mean', not {pooling!r}")
         self.heads = nn.ModuleList(TokenHead(dim, pooling) for dim in dims)
 
+    @torch.no_grad()
+    def power_iteration(self):
+        """Bring the spectral norms a step further, and hold them there. In training mode torch would do so with every
+        forward pass: then a batch taken in parts, or by several processes, would end with other weights."""
+        self.train()
+        for head in self.heads:
+            _ = head.values.weight, head.hidden.weight, head.logit.weight  # reading a weight is the step
+        self.eval()
+
     def forward(self, features):
-        if len(features) != len(self.heads):
-            raise ValueError(f"this discriminator reads {len(self.heads)} layers of features, not {len(features)}")
-        return torch.stack([head(f) for head, f in zip(self.heads, features)], dim=1)  # (B, layers)
+        return torch.stack([head(f) for head, f in zip(self.heads, features, strict=True)], dim=1)  # (B, layers)
 
 
 def discriminator_hinge(logit_data, logit_gen):
-    """Mean of max(0, 1 - D(data)) + max(0, 1 + D(sample)): what the discriminator minimises. Logits of any shape.
-
-    PRIOR: the hinge loss of LADD (arXiv 2403.12015); the HD paper's own loss is not told.
-    """
+    """Mean of max(0, 1 - D(data)) + max(0, 1 + D(sample)): what the discriminator minimises. Logits of any shape."""
     return F.relu(1 - logit_data).mean() + F.relu(1 + logit_gen).mean()
 
 

@@ -3,12 +3,10 @@
     python toy2d.py              the story, one seed        python toy2d.py --seeds 3     with mean and spread
     python toy2d.py --quick      all of it, small           python toy2d.py --unify       three methods, one function
 
-It leaves runs/toy2d/ with bottleneck.png, story.png, results.json and metrics.csv, and a table on the terminal. The
-same command again goes on where it was stopped, or only redraws. On 2 cores of an AMD EPYC, a network at a time on each
-(--workers): 11 minutes for one seed, 27 for three, at most 5 for --unify, half a minute for --quick.
+It leaves pictures, results.json and a csv for each training in runs/toy2d/. The same command again goes on where it was
+stopped, or only draws again.
 
-1. A teacher learns the velocity field of a density by flow matching; Heun's method with 100 steps (200 calls) draws
-   its samples.
+1. A teacher learns the velocity field of a density by flow matching. It samples by Heun's method, with 64 calls.
 2. The bottleneck. Students of many sizes learn the teacher's average velocity by MeanFlow (TD, meanflow_td.py) and
    sample with ONE call. How close to the teacher's own sample of the same noise (replay error), how close to the data
    (sliced Wasserstein-2), and how many samples lie inside the support? Bigger is better, but not by enough: the map
@@ -16,69 +14,96 @@ same command again goes on where it was stopped, or only redraws. On 2 cores of 
 3. The way past. A SMALL student takes the first half of its updates from TD, the second half from distribution matching
    and an adversarial loss (dmd_refine.py, awd.py). It may now answer a noise point with another sample than the teacher
    would, as long as all samples together have the right distribution, and that a small network can do.
-4. The controls: stage 2 for all of the updates, from random weights; and a discriminator that averages its tokens.
+4. The controls: no TD, or a discriminator that averages its tokens. Does the start matter? DMD alone from three starts.
 
-The toy calls the losses, samplers and loops of the other files and has no second version of any. The paper's figure 3
-asks the same question (PAPER: quality of TD rises with size, 50 times the size does not close the gap). OURS: density,
-networks and budget, since the paper does not tell its data and sizes. One thing differs from images: the tokens that
-the discriminator weighs are the teacher's hidden layers, not places: attention against mean pooling says little here.
+PAPER: figure 3, quality of TD rises with size, and 50 times the size does not close the gap. OURS: density, networks
+and budget, which the paper does not give. One thing differs from images: the tokens that the discriminator weighs are
+the teacher's hidden layers, not places, so attention against mean pooling says little here.
 """
 
 import argparse
+import copy
 import math
-import os
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.animation import PillowWriter
 
 from awd import AdaptiveWeightedDiscriminator
-from data import (BLUE, DENSITIES, GREEN, GREY, ORANGE, PINK, Keep, RunFolder, alone, check_device, new_figure,
-                  progress, rng, save_figure, sentences, side_by_side, whole_number, write_json)  # fmt: skip
+from data import BLUE, GREEN, GREY, ORANGE, PINK, load, new_figure, rng, save, write_json
 from dmd_refine import refine
-from meanflow_td import (check_finite, flow_matching_loss, meanflow_target, new_network, sample, sample_euler,
-                         sample_ode, student_objective, teacher_objective, train)  # fmt: skip
-from models import VelocityMLP, add_noise, count_parameters, expand_times, frozen_copy
+from meanflow_td import (flow_matching_loss, meanflow_target, new_network, sample, sample_euler, sample_ode,
+                         student_loss, teacher_loss, train)  # fmt: skip
+from models import VelocityMLP, add_noise, expand_times
 
-TEACHER_WIDTH, TEACHER_DEPTH = 128, 3  # the depth is the number of hidden layers
-# OURS: shallow students, so that size is what limits them. Of three layers, a student of width 128 went on to gain with
-# every doubling of its updates (sliced W2 0.033, 0.026 and 0.021 after 6,000, 12,000 and 24,000; seed 0, by hand).
-STUDENT_DEPTH = 1
-TAPS = (0, 1, 2)  # the teacher's hidden layers that the discriminator reads, one token each
-POINTS = 5000  # samples kept for the pictures
+DEPTH, TEACHER_WIDTH, TAPS = 3, 128, (0, 1, 2)  # hidden layers of all networks; those that the discriminator reads
+HD_WIDTH, WIDTHS = 48, (168, 88, 48, 30, 18)  # of students: 92,570 to 1,820 parameters; HD has 9,170
+POINTS, SHOWN = 5000, 2000  # samples in a picture, and in the moving one
+MARKS = (25, 50, 100, 200, 400, 800, 1600, *range(2000, 6001, 400))  # updates after which pictures look
+LAST = 99_999  # stands for the end of a training, however many updates it has
+DEFAULT = dict(teacher_steps=6000, td_steps=3000, refine_steps=3000, samples=50_000, ode_steps=32, longer=(4, 2))
+QUICK = dict(teacher_steps=200, td_steps=100, refine_steps=100, samples=2000, ode_steps=8, longer=(2,))
 
-# `td_steps` + `refine_steps` updates is what every student of the story gets, in whichever way it spends them, but for
-# those called otherwise ("first half only", "trained twice as long"); one of --unify gets `td_steps`.
-PLANS = {
-    "default": dict(widths=(28, 40, 56, 80, 160, 300), hd_width=80,
-                    teacher_steps=6000, td_steps=3000, refine_steps=3000,
-                    unify_rounds=6, unify_widths=(28, 80, 160), samples=100_000, ode_steps=100),
-    "quick": dict(widths=(8, 12, 16, 24, 48, 64), hd_width=16, teacher_steps=300, td_steps=100, refine_steps=100,
-                  unify_rounds=3, unify_widths=(8, 16), samples=4000, ode_steps=20),
-}  # fmt: skip
-TEACHER_BATCH, BATCH = 1024, 512
-LR_TEACHER = 5e-3
+# --- Densities: points in the plane, and which part of the support a point lies in, -1 outside ------------------------
 
 
-def td_rate(width):
-    """Adam's peak learning rate for a TD student: in inverse proportion to its width, and at most the teacher's.
-
-    PRIOR: 1/width for hidden layers (Yang et al., arXiv 2203.03466); OURS: 1/width for all layers. OURS: the constant,
-    found by hand on seed 0 with 6,000 updates, by sliced W2: width 80 had 0.053 at 5e-3 and 0.059 at 3.2e-3; width 300
-    had 0.043 at 1e-3 and 0.046 at 3e-3. Other widths were not tried.
-    """
-    return min(LR_TEACHER, 0.5 / width)
+def checkerboard(n, generator):
+    """The 8 squares of a 4 x 4 board on [-2, 2]^2 whose row + column is even; uniform in each: (n, 2)."""
+    square = torch.randint(8, (n,), generator=generator)
+    row = square // 2
+    column = 2 * (square % 2) + row % 2
+    return torch.stack([column, row], dim=1) + torch.rand(n, 2, generator=generator) - 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How good is a sample?
-# ---------------------------------------------------------------------------------------------------------------------
+def square_of(x):
+    """Which of the 8 squares holds a point x (n, 2): (n,)."""
+    column, row = torch.floor(x + 2).long().unbind(1)
+    on_board = (column >= 0) & (column < 4) & (row >= 0) & (row < 4) & ((row + column) % 2 == 0)
+    return torch.where(on_board, 2 * row + column // 2, -1)
+
+
+# Rings and spirals are curves, points evenly along each (curves, 1024, 2), blurred by a Gaussian of std BLUR.
+BLUR, ALONG = 0.05, torch.arange(1024)[:, None] / 1024
+CIRCLE, ARM = 2 * math.pi * ALONG, 2 * math.pi * 1.25 * ALONG.sqrt()  # angles; the root spreads an arm's points evenly
+RINGS = torch.stack([radius * torch.cat([CIRCLE.cos(), CIRCLE.sin()], 1) for radius in (0.6, 1.2, 1.8)])
+SPIRALS = torch.stack([side * 2 * ALONG.sqrt() * torch.cat([ARM.cos(), ARM.sin()], 1) for side in (1, -1)])
+
+
+def blurred(curves, n, generator):
+    """n points (n, 2): a curve, a point on it, noise."""
+    curve, along = (torch.randint(count, (n,), generator=generator) for count in curves.shape[:2])
+    return curves[curve, along] + BLUR * torch.randn(n, 2, generator=generator)
+
+
+def curve_of(curves, x):
+    """Which curve lies within three BLURs of a point x (n, 2): (n,)."""
+    distance, curve = torch.stack([torch.cdist(x, points).amin(1) for points in curves], dim=1).min(dim=1)
+    return torch.where(distance < 3 * BLUR, curve, -1)
+
+
+DENSITIES = {  # how to draw it, which part holds a point, how many parts there are
+    "checkerboard": (checkerboard, square_of, 8),
+    "rings": (partial(blurred, RINGS), partial(curve_of, RINGS), 3),
+    "spirals": (partial(blurred, SPIRALS), partial(curve_of, SPIRALS), 2),
+}
+
+
+def draw(data, batch, generator):
+    """A batch for the training loops: points x_0 (batch, 2), and None, since points have no labels."""
+    return DENSITIES[data][0](batch, generator), None
+
+
+# --- How good is a sample? -------------------------------------------------------------------------------------------
 
 
 def sorted_projections(x, count=256):
     """The points x (n, 2) projected onto `count` fixed directions, each row sorted: (count, n)."""
-    # evenly spread over half a circle: a direction and its opposite give the same distance
-    angle = math.pi * (torch.arange(count, device=x.device) + 0.5) / count
+    angle = math.pi * (torch.arange(count) + 0.5) / count  # half a circle: the opposite gives the same distance
     return (torch.stack([angle.cos(), angle.sin()], dim=1) @ x.T).sort(dim=1).values
 
 
@@ -91,188 +116,155 @@ def sliced_w2(projections_x, projections_y):
     return (projections_x - projections_y).square().mean().sqrt().item()
 
 
-def in_blocks(sampler, eps):
-    """sampler(eps), 4096 rows at a time: their activations fit a CPU's cache (3 times faster on one core, measured)."""
-    x = torch.cat([sampler(block) for block in progress(eps.split(4096), "sampling")])
-    check_finite("judging", sample=x)
-    return x
-
-
-class Judge:
-    """What all samples of one run are measured against: the data, and the one noise that they are made from."""
-
-    def __init__(self, density, samples, device):
-        self.density = density
-        # drawn on the CPU: a run that goes on with another device is judged on the same noise
-        self.eps = torch.randn(samples, 2, generator=rng(0, "judge noise")).to(device)
-        self.data = density.draw(samples, rng(0, "judge data")).to(device)
-        self.projections = sorted_projections(self.data)
-
-    def __call__(self, x, x_teacher=None):
-        """The measures of samples x (samples, 2) that were made from self.eps, as a dict of numbers.
-
-        x_teacher (samples, 2): the teacher's many-step endpoints of the same noise, for the replay error."""
-        part = self.density.part(x)
-        shares = torch.bincount(part[part >= 0], minlength=self.density.parts) / len(x)
-        measures = {
-            "share_inside": (part >= 0).float().mean().item(),
-            "sliced_w2": sliced_w2(sorted_projections(x), self.projections),
-            "smallest_part": shares.min().item(),
-            "largest_part": shares.max().item(),
-        }
-        if x_teacher is not None:
-            measures["replay_error"] = (x - x_teacher).square().sum(dim=1).mean().item()
-        return measures
-
-
 @cache
-def judge_of(data, samples, device):
-    """The judge of a run, made once for all jobs of a process."""
-    return Judge(DENSITIES[data](), samples, device)
+def yardstick(data, samples):
+    """What all samples are measured by: the one noise that they are made from (samples, 2), the projected data."""
+    points = DENSITIES[data][0](samples, rng(0, "judge data"))
+    return torch.randn(samples, 2, generator=rng(0, "judge noise")), sorted_projections(points)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The story
-# ---------------------------------------------------------------------------------------------------------------------
+def measure(x, data, x_teacher):
+    """The measures of samples x (n, 2). x_teacher (n, 2): the teacher's samples of the same noise."""
+    _, part_of, parts = DENSITIES[data]
+    part = part_of(x)
+    shares = torch.bincount(part[part >= 0], minlength=parts) / len(x)
+    return {"share_inside": (part >= 0).float().mean().item(), "smallest_part": shares.min().item(),
+            "largest_part": shares.max().item(),
+            "sliced_w2": sliced_w2(sorted_projections(x), yardstick(data, len(x))[1]),
+            "replay_error": (x - x_teacher).square().sum(dim=1).mean().item()}  # fmt: skip
 
 
-def draw_points(density, batch, generator):
-    """A batch for the training loops: points x_0 (batch, 2), and None, since points have no labels."""
-    return density.draw(batch, generator), None
+def keep(run, seed, name, net, n, sampler=sample):
+    """Measure a network after n updates, if n is in MARKS or LAST. -> its measures, kept with samples for `kept`"""
+    if n not in (*MARKS, LAST):
+        return None
+    eps, _ = yardstick(run["data"], run["samples"])
+    x = torch.cat([sampler(net, block) for block in eps.split(4096)])  # blocks that fit into a CPU's cache
+    measures = measure(x, run["data"], x if name == "teacher" else kept(run, seed, "teacher")["x"])
+    x = x if name == "teacher" else x[:POINTS].clone()
+    save(run["out"] / f"seed{seed}-{name}" / f"{n:05d}.pt", {"x": x, **measures})
+    return measures
 
 
-def student_network(seed, width, device):
+def kept(run, seed, name, n=LAST):
+    """What was kept of a training after n updates, or the last before: samples "x", and their measures by name."""
+    there = sorted((run["out"] / f"seed{seed}-{name}").glob("*.pt"))
+    return load([path for path in there if int(path.stem) <= n][-1], "run toy2d.py again")
+
+
+def result(run, seed, name, what, net, updates, sampler=sample, nfe=1):
+    """A row of results.json for a trained network: what was run, its calls for one sample (nfe), its measures."""
+    return {"what": what, "name": name, "seed": seed, "width": net.out.in_features, "nfe": nfe, "updates": updates,
+            "parameters": sum(p.numel() for p in net.parameters()),
+            **keep(run, seed, name, net, LAST, sampler)}  # fmt: skip
+
+
+# --- The trainings: each is a job for one process, and leaves one file -----------------------------------------------
+
+
+def taught(run, seed):
+    """The frozen teacher of a seed, trained here or found in its file."""
+    net = new_network(seed, "teacher", lambda: VelocityMLP(2, TEACHER_WIDTH, DEPTH))
+    loss = partial(teacher_loss, draw=partial(draw, run["data"], 1024))
+    return train(run["out"] / f"seed{seed}-teacher.pt", net, loss, steps=run["teacher_steps"], lr=5e-3, seed=seed,
+                 config={"data": run["data"]})  # fmt: skip
+
+
+def teach(run, seed):
+    """Job: the teacher of a seed. -> its row"""
+    return result(run, seed, "teacher", "teacher", taught(run, seed), run["teacher_steps"],
+                  partial(sample_ode, steps=run["ode_steps"]), nfe=2 * run["ode_steps"])  # fmt: skip
+
+
+def student(seed, width, two_times=True):
     """A student's random start: the same for one seed and width, so that variants differ in their training only."""
-    build = partial(VelocityMLP, 2, width, STUDENT_DEPTH, two_times=True)
-    return new_network(seed, f"student {width}", build).to(device)
+    return new_network(seed, f"student {width}", lambda: VelocityMLP(2, width, DEPTH, two_times))
 
 
-def new_result(what, seed, *, part="story", width=0, parameters=0, updates=0, nfe=0, seconds=0.0, **measures):
-    """A row of results.json: what was run, its seed, its calls of a network for one sample (nfe), and its measures.
-
-    updates: of all stages. seconds: of training in its last stage; a start from TD has a row of its own."""
-    return {"part": part, "what": what, "seed": seed, "width": width, "parameters": parameters, "updates": updates,
-            "nfe": nfe, **measures, "seconds": round(seconds, 1)}  # fmt: skip
+def td_rate(width):
+    """Adam's peak learning rate for a TD student. PRIOR: 1/width (Yang et al., arXiv 2203.03466). OURS: the number."""
+    return min(5e-3, 0.24 / width)
 
 
-class Stages:
-    """One seed's networks: each is trained, judged and kept in the run folder, or found there."""
-
-    def __init__(self, run, judge, plan, seed, device):
-        self.run, self.judge, self.plan, self.seed, self.device = run, judge, plan, seed, device
-        self.draw = partial(draw_points, judge.density)
-        self.x_teacher = None  # (samples, 2), the many-step endpoint of each of the judge's noises, see `teacher`
-
-    def fresh_data(self):
-        """Judge another draw of the data: how good a perfect sampler would look."""
-
-        def compute(keep):
-            x = self.judge.density.draw(len(self.judge.eps), rng(self.seed, "fresh data")).to(self.device)
-            return {"rows": [], "result": new_result("data against data", self.seed, **self.judge(x))}
-
-        self.run.stage(f"seed{self.seed}-data", compute)
-
-    def teacher(self):
-        """The teacher, whose endpoints become x_teacher (and at half the steps too: the floor of the replay error)."""
-        net = new_network(self.seed, "teacher", lambda: VelocityMLP(2, TEACHER_WIDTH, TEACHER_DEPTH)).to(self.device)
-
-        def compute(keep):
-            updates, steps = self.plan["teacher_steps"], self.plan["ode_steps"]
-            ema, rows = train(net, self.draw, teacher_objective, steps=updates, batch=TEACHER_BATCH, lr=LR_TEACHER,
-                              seed=self.seed, stream="teacher", name="teacher", keep=keep)  # fmt: skip
-            seconds = keep.seconds()
-            x, coarse = (in_blocks(partial(sample_ode, ema, steps=count), self.judge.eps)
-                         for count in (steps, steps // 2))  # fmt: skip
-            result = new_result("teacher", self.seed, width=TEACHER_WIDTH, parameters=count_parameters(net),
-                                updates=updates, nfe=2 * steps, seconds=seconds,
-                                **self.judge(x) | {"replay_error": self.judge(coarse, x)["replay_error"]})  # fmt: skip
-            return {"net": ema.state_dict(), "rows": rows, "result": result, "points": x.cpu()}
-
-        state = self.run.stage(f"seed{self.seed}-teacher", compute)
-        net.load_state_dict(state["net"])
-        self.x_teacher = state["points"].to(self.device)
-        return net.requires_grad_(False)
-
-    def student(self, name, what, net, fit, *, updates, sampler=sample, part="story"):
-        """`net` with the average network's weights after fit(net, keep=keep) -> (ema, rows); its measures are kept."""
-
-        def compute(keep):
-            ema, rows = fit(net, keep=keep)
-            seconds = keep.seconds()
-            x = in_blocks(partial(sampler, ema), self.judge.eps)
-            result = new_result(what, self.seed, part=part, width=net.out.in_features, parameters=count_parameters(net),
-                                updates=updates, nfe=1, seconds=seconds, **self.judge(x, self.x_teacher))  # fmt: skip
-            return {"net": ema.state_dict(), "rows": rows, "result": result, "points": x[:POINTS].cpu()}
-
-        state = self.run.stage(f"seed{self.seed}-{name}", compute)
-        net.load_state_dict(state["net"])
-        return net.requires_grad_(False)
-
-    def distilled(self, name, what, width, updates):
-        """A student by TD."""
-        objective = partial(student_objective, teacher=self.teacher())
-        fit = partial(train, draw=self.draw, objective=objective, steps=updates, batch=BATCH, lr=td_rate(width),
-                      seed=self.seed, stream="td", name=name)  # fmt: skip
-        return self.student(name, what, student_network(self.seed, width, self.device), fit, updates=updates)
-
-    def td_start(self):
-        """The student that stage 2 starts from."""
-        return self.distilled("td-start", "TD, first half only", self.plan["hd_width"], self.plan["td_steps"])
-
-    def refined(self, name, what, *, td=True, pooling=None):
-        """A student by DMD. pooling: with an adversarial term. td=False: from random weights, with the updates of both
-        stages."""
-        teacher, steps = self.teacher(), self.plan["refine_steps"]
-        both = steps + self.plan["td_steps"]
-        net = frozen_copy(self.td_start()) if td else student_network(self.seed, self.plan["hd_width"], self.device)
-        discriminator = None
-        if pooling is not None:
-            build = partial(AdaptiveWeightedDiscriminator, [TEACHER_WIDTH], pooling)
-            discriminator = new_network(self.seed, "discriminator", build).to(self.device)
-        fake = frozen_copy(teacher).requires_grad_(True)  # PAPER: the fake branch starts as the teacher
-        fit = partial(refine, teacher=teacher, fake=fake, draw=self.draw, discriminator=discriminator,
-                      steps=steps if td else both, batch=BATCH, seed=self.seed, stream="refine", name=name,
-                      taps=TAPS)  # fmt: skip
-        return self.student(name, what, net.requires_grad_(True), fit, updates=both)
+def distil(run, job):
+    """Job: a student by TD. -> its row"""
+    seed, name, what, width, updates = job
+    loss = partial(student_loss, draw=partial(draw, run["data"], 512), teacher=taught(run, seed))
+    net = train(run["out"] / f"seed{seed}-{name}.pt", student(seed, width), loss, steps=updates, lr=td_rate(width),
+                seed=seed, config={"data": run["data"]}, look=partial(keep, run, seed, name),
+                look_every=25)  # fmt: skip
+    return result(run, seed, name, what, net, updates)
 
 
-def story(stages, first=True):
-    """The story as {name of a stage: (names of those that it needs, what to call)}.
-
-    first: of the first of the seeds. It alone trains the largest student twice as long too, to see how much of its gap
-    is a matter of training.
-    """
-    plan = stages.plan
-    both = plan["td_steps"] + plan["refine_steps"]
-    jobs = {"data": ([], stages.fresh_data), "teacher": ([], stages.teacher)}
-
-    # --- the bottleneck: every size gets the updates of both stages ---
-    def distill(name, *how):
-        jobs[name] = ["teacher"], partial(stages.distilled, name, *how)
-
-    for width in plan["widths"]:
-        distill(f"td-{width}", "TD", width, both)
-    if first:
-        distill("td-largest-twice", "TD, trained twice as long", plan["widths"][-1], 2 * both)
-
-    # --- the way past it: half of the updates for each stage ---
-    def refine_by(name, what, td=True, pooling=None):
-        needs = ["teacher"] + ["td-start"] * td
-        jobs[name] = needs, partial(stages.refined, name, what, td=td, pooling=pooling)
-
-    jobs["td-start"] = ["teacher"], stages.td_start
-    refine_by("td-dmd", "TD + DMD")
-    refine_by("hd", "HD: TD + DMD + AWD", pooling="attention")
-    refine_by("td-dmd-mean", "TD + DMD + GAN, mean pooling", pooling="mean")
-    # --- the controls: no TD, the updates of both stages ---
-    refine_by("dmd", "DMD, no TD", td=False)
-    refine_by("dmd-awd", "DMD + AWD, no TD", td=False, pooling="attention")
-    return jobs
+def refined(run, job):
+    """Job: a student by stage 2, from TD, from random weights or from far off. -> its row"""
+    seed, name, what, start, pooling, updates = job
+    net, teacher, discriminator = student(seed, HD_WIDTH), taught(run, seed), None
+    if start == "td":
+        net.load_state_dict(load(run["out"] / f"seed{seed}-td-start.pt", "run toy2d.py again")["ema"])
+    if start == "far":
+        with torch.no_grad():
+            net.out.bias -= 3  # x_gen = eps - u lies around (3, 3), outside of the data
+    if pooling != "none":
+        build = partial(AdaptiveWeightedDiscriminator, [TEACHER_WIDTH], pooling)
+        discriminator = new_network(seed, "discriminator", build)
+    net = refine(run["out"] / f"seed{seed}-{name}.pt", net, teacher,
+                 copy.deepcopy(teacher),  # PAPER: the fake branch starts as the teacher
+                 discriminator, partial(draw, run["data"], 512), steps=updates, seed=seed, taps=TAPS,
+                 config={"data": run["data"], "start": start, "pooling": pooling},
+                 look=partial(keep, run, seed, name), look_every=25)  # fmt: skip
+    return result(run, seed, name, what, net, updates + (start == "td") * run["td_steps"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The unified view: three roads to the average velocity
-# ---------------------------------------------------------------------------------------------------------------------
+def in_processes(work, jobs):
+    """work(job) for all jobs, a process for each core, one thread each. -> their rows, in the order of the jobs"""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(work, jobs))
+
+
+def story(run, seeds):
+    """Teachers, their students by TD, stage 2; then the table and the pictures."""
+    out, first, second = run["out"], run["td_steps"], run["refine_steps"]
+    rows = in_processes(partial(teach, run), seeds)
+
+    # how much of the largest student's gap is a matter of training: of seed 0 only
+    jobs = [(0, f"td-x{n}", "TD, longer", WIDTHS[0], n * (first + second)) for n in run["longer"]]
+    for seed in seeds:
+        jobs += [(seed, f"td-{width}", "TD", width, first + second) for width in WIDTHS]
+        jobs += [(seed, "td-start", "TD, first half only", HD_WIDTH, first)]
+    rows += in_processes(partial(distil, run), jobs)
+
+    variants = [("dmd-awd", "DMD + AWD, no TD", "random", "attention", first + second),  # the longest first
+                ("dmd", "DMD, no TD", "random", "none", first + second),
+                ("hd", "HD: TD + DMD + AWD", "td", "attention", second),
+                ("td-mean", "TD + DMD + GAN, mean pooling", "td", "mean", second),
+                ("td-dmd", "TD + DMD", "td", "none", second),
+                ("dmd-half", "DMD, no TD, stage 2 alone", "random", "none", second),
+                ("dmd-far", "DMD, from far off", "far", "none", second)]  # fmt: skip
+    rows += in_processes(partial(refined, run), [(seed, *variant) for variant in variants for seed in seeds])
+
+    report(out / "results.json", rows)
+    plot_curves(out / "bottleneck.png", rows, "parameters", ["replay_error", "sliced_w2", "share_inside"],
+                ["TD", "TD, longer", "HD: TD + DMD + AWD", "teacher"],
+                "The bottleneck: students of one call against their size. Their teacher makes many calls")  # fmt: skip
+    marks = [row | {"name": (row["name"], n), "updates": n} | kept(run, row["seed"], row["name"], n)
+             for row in rows if row["name"] in ("td-dmd", "dmd-half", "dmd-far")
+             for n in MARKS if n <= second]  # fmt: skip
+    plot_curves(out / "start.png", marks + [row for row in rows if row["name"] == "dmd"], "updates",
+                ["share_inside", "sliced_w2"],
+                ["TD + DMD", "DMD, no TD, stage 2 alone", "DMD, from far off", "DMD, no TD"],
+                "Does the start matter? DMD alone from three starts, against the updates of stage 2")  # fmt: skip
+    eps, _ = yardstick(run["data"], run["samples"])
+    colours = eps[:POINTS, 1].argsort().argsort()  # of a noise point: how high it lies among them
+    plot_story(out / "story.png", run, rows, colours)
+    animate(out / "toy.gif", run, colours[:SHOWN])
+
+
+# --- The unified view: three roads to the average velocity -----------------------------------------------------------
+
+# The question: u(eps, 0, 1). The exact answer: (eps - x_0) / 1, with x_0 the end of the teacher's ODE. The distance
+# between the two is the replay error of one step.
 
 
 def consistency_loss(u_theta, x_t, v, *, t, p=1.0, c=1e-2):
@@ -280,17 +272,12 @@ def consistency_loss(u_theta, x_t, v, *, t, p=1.0, c=1e-2):
 
     The consistency function f(x_t, t) = x_t - t u(x_t, 0, t) should not change along the teacher's path: df/dt = 0.
     Its gradient is (df/dt) . grad f (Song et al., arXiv 2303.01469, continuous-time CD; Lu & Song, arXiv 2410.11081).
-    x_t, v (B, ...); t (B,) in (0, 1]. p, c: MeanFlow's adaptive weight, as on the other two roads.
-    Returns the scalar loss and err (B,), the squared norm of df/dt.
+    x_t, v (B, ...); t (B,) in (0, 1]. p, c: MeanFlow's adaptive weight. Returns the scalar loss and err (B,), the
+    squared norm of df/dt.
     """
-    zero = torch.zeros_like(t)
-
-    def u_from_zero(x, *, t, r):
-        return u_theta(x, t=t)
-
     # f = x_t - t u   =>   df/dt = v - u - t du/dt ;   grad f = -t grad u
     u = u_theta(x_t, t=t)
-    _, du_dt = meanflow_target(u_from_zero, x_t, v, r=zero, t=t)
+    _, du_dt = meanflow_target(lambda x, *, t, r: u_theta(x, t=t), x_t, v, r=torch.zeros_like(t), t=t)
     f = x_t - expand_times(t, x_t) * u
     df_dt = (v - u - expand_times(t, x_t) * du_dt).detach()
     # 1/2 |f - sg[f - df/dt]|^2 / t has the gradient (df/dt . grad f) / t = -(df/dt) . grad u :
@@ -298,16 +285,6 @@ def consistency_loss(u_theta, x_t, v, *, t, p=1.0, c=1e-2):
     err = df_dt.square().flatten(1).sum(dim=1)  # (B,)
     move = 0.5 * (f - (f - df_dt).detach()).square().flatten(1).sum(dim=1) / t
     return (move * (err + c) ** -p).mean(), err
-
-
-def consistency_objective(net, x_0, y, eps, generator, *, teacher):
-    """Consistency distillation for a batch of data and noise (B, 2), y None; net has one time, u(x_t, 0, t)."""
-    t = torch.rand(len(x_0), generator=generator, device=x_0.device).clamp_min(1e-3)  # the weight is 1/t
-    x_t = add_noise(x_0, eps, t)
-    with torch.no_grad():
-        v = teacher(x_t, t=t)
-    loss, err = consistency_loss(net, x_t, v, t=t)
-    return loss, {"raw_error": err.mean()}
 
 
 def progressive_target(velocity, x_t, *, t, h):
@@ -320,284 +297,149 @@ def progressive_target(velocity, x_t, *, t, h):
     return (v_first + v_second) / 2
 
 
-def progressive_objective(net, x_0, y, eps, generator, *, previous, h):
-    """One round of progressive distillation: net learns to step 2 h where `previous` steps h. Both have one time."""
-    count = round(1 / (2 * h))  # the student's grid: t = 2 h, 4 h, ..., 1
-    t = 2 * h * (1 + torch.randint(count, (len(x_0),), generator=generator, device=x_0.device))
-    x_t = add_noise(x_0, eps, t)
-    with torch.no_grad():
-        v = progressive_target(previous, x_t, t=t, h=h)
-    loss, err = flow_matching_loss(net, x_t, v, t=t, p=1.0)
-    return loss, {"raw_error": err.mean()}
-
-
-def distill_progressively(net, draw, *, teacher, rounds, steps, name, keep, **settings):
-    """`rounds` halvings, from 2^rounds Euler steps of the teacher to one, share `steps` updates; returns as `train`.
-
-    keep: a data.Keep, and a killed distillation goes on with the round that it was in."""
-    parts = {"net": net}
-    first, rows = keep.restore(parts)
-    previous = frozen_copy(net) if first else teacher
-    for k in range(first, rounds):
-        objective = partial(progressive_objective, previous=previous, h=2.0 ** (k - rounds))
-        share = (k + 1) * steps // rounds - k * steps // rounds
-        previous, more = train(net, draw, objective, steps=share, name=f"{name}-round-{k + 1}", **settings)
-        net.load_state_dict(previous.state_dict())  # the next round's student starts from this round's
-        rows += more
-        keep.save(parts, k + 1, rows)
-    return previous, rows
-
-
-ROADS = ("MeanFlow", "consistency", "progressive")
-
-
-def take_road(stages, road, width):
-    """A student of this width by one of ROADS: same updates, rates and weighting of the loss."""
-    teacher, rounds, updates = stages.teacher(), stages.plan["unify_rounds"], stages.plan["td_steps"]
-    name, sampler = f"unify-{road}-{width}", sample_euler
+def take_road(run, job):
+    """Job: a student by one of three distillations, with the updates and rates of the story's TD. -> its row"""
+    seed, road, width = job
+    updates, name = run["td_steps"] + run["refine_steps"], f"unify-{road}-{width}"
     if road == "MeanFlow":
-        net, sampler = student_network(stages.seed, width, stages.device), sample
-        fit = partial(train, objective=partial(student_objective, teacher=teacher))
-    else:
-        build = partial(VelocityMLP, 2, width, STUDENT_DEPTH)
-        net = new_network(stages.seed, f"student {width}", build).to(stages.device)
-        fit = partial(train, objective=partial(consistency_objective, teacher=teacher))
-        if road == "progressive":
-            fit = partial(distill_progressively, teacher=teacher, rounds=rounds)
-    fit = partial(fit, draw=stages.draw, lr=td_rate(width), steps=updates, batch=BATCH, seed=stages.seed,
-                  stream="unify", name=name)  # fmt: skip
-    stages.student(name, road, net, fit, updates=updates, sampler=sampler, part="unify")
+        return distil(run, (seed, f"td-{width}", road, width, updates))
+
+    def loss_of(net, generator):
+        x_0, _ = draw(run["data"], 512, generator)
+        eps, t = torch.randn(x_0.shape, generator=generator), torch.rand(512, generator=generator).clamp_min(1e-3)
+        if road == "consistency":
+            x_t = add_noise(x_0, eps, t)
+            loss, err = consistency_loss(net, x_t, teacher(x_t, t=t), t=t)
+        else:
+            t = 2 * h * (t / (2 * h)).ceil()  # the student's grid: 2 h, 4 h, ..., 1
+            x_t = add_noise(x_0, eps, t)
+            _, err = flow_matching_loss(net, x_t, progressive_target(teacher, x_t, t=t, h=h), t=t)
+            loss = (err / (err.detach() + 1e-2)).mean()  # MeanFlow's adaptive weight, as on the other two roads
+        return loss, {"raw_error": err.mean()}
+
+    # Progressive distillation takes six rounds, from 64 Euler steps of the teacher to one: each student starts as the
+    # one before it, which is now its teacher, and learns to step 2 h as that one steps h twice.
+    rounds = [None] if road == "consistency" else [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
+    teacher, net = taught(run, seed), student(seed, width, two_times=False)
+    for k, h in enumerate(rounds):
+        teacher = train(run["out"] / f"seed{seed}-{name}-{k}.pt", net, loss_of, steps=updates // len(rounds),
+                        lr=td_rate(width), seed=seed, config={"data": run["data"]})  # fmt: skip
+        net = copy.deepcopy(teacher).requires_grad_(True)
+    return result(run, seed, name, road, teacher, updates, sample_euler)
 
 
-def judge_euler(stages):
-    """Where progressive distillation starts: the teacher's 2^rounds Euler steps."""
-
-    def compute(keep):
-        teacher, calls = stages.teacher(), 2 ** stages.plan["unify_rounds"]
-        x = in_blocks(partial(sample_euler, teacher, steps=calls), stages.judge.eps)
-        result = new_result(f"the teacher's {calls} Euler steps", stages.seed, part="unify", nfe=calls,
-                            **stages.judge(x, stages.x_teacher))  # fmt: skip
-        return {"rows": [], "result": result}
-
-    stages.run.stage(f"seed{stages.seed}-unify-euler", compute)
+def unify(run, seeds):
+    """Three distillations of one teacher, at three sizes; then the table and the picture."""
+    rows, roads = in_processes(partial(teach, run), seeds), ["MeanFlow", "consistency", "progressive"]
+    jobs = [(seed, road, width) for width in (88, 48, 18) for road in roads for seed in seeds]
+    rows += in_processes(partial(take_road, run), jobs)
+    report(run["out"] / "unified.json", rows)
+    plot_curves(run["out"] / "unified.png", rows, "parameters", ["replay_error"], roads,
+                "Three distillations learn one function, the average\nvelocity, and miss it by what their size allows")
 
 
-def unify(stages):
-    """Consistency, progressive and MeanFlow distillation of one teacher, at several widths; jobs as those of `story`.
+# --- Pictures and tables ---------------------------------------------------------------------------------------------
 
-    The question: u(eps, 0, 1). The exact answer: (eps - x_0) / 1, with x_0 the end of the teacher's ODE. The distance
-    between the two is the replay error of one step.
-
-    What still differs: MeanFlow's network has a second time (13 weights more for each unit of width); progressive
-    distillation's updates are shared by its rounds, each with a warm-up, and its target is 2^rounds Euler steps of the
-    teacher, whose own distance gets a row.
-    """
-    jobs = {"teacher": ([], stages.teacher), "unify-euler": (["teacher"], partial(judge_euler, stages))}
-    for width in stages.plan["unify_widths"]:
-        for road in ROADS:
-            jobs[f"unify-{road}-{width}"] = ["teacher"], partial(take_road, stages, road, width)
-    return jobs
+LABELS = {"share_inside": "share of samples inside the support", "sliced_w2": "sliced Wasserstein-2 to the data",
+          "replay_error": "replay error\n(squared distance to the teacher's sample)"}  # fmt: skip
+STYLES = {  # of a curve, by the "what" of its rows
+    "teacher": dict(color="black", ls="--"), "TD": dict(color=BLUE, marker="o"),
+    "TD, longer": dict(color=BLUE, marker="o", mfc="white", ls="none", label="TD, 2 and 4 times the updates"),
+    "HD: TD + DMD + AWD": dict(color=ORANGE, marker="*", ms=16),
+    "TD + DMD": dict(color=ORANGE, marker="o"), "DMD, from far off": dict(color=GREEN, marker="o"),
+    "DMD, no TD, stage 2 alone": dict(color=BLUE, marker="o", label="DMD, no TD"),
+    "DMD, no TD": dict(color=BLUE, marker="s", mfc="white", ls="none", label="DMD, no TD, with TD's updates too"),
+    "MeanFlow": dict(color=BLUE, marker="o"), "consistency": dict(color=PINK, marker="s"),
+    "progressive": dict(color=GREEN, marker="^")}  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures and tables
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def mean_std(values):
-    """The mean and the standard deviation of some numbers as text, 0.1230 +- 0.0040; of one number, the number."""
-    spread = f" +- {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{spread}"
-
-
-def grouped(results, part):
-    """{(what, width): [a result for each seed]} of one part, in the order in which they are told."""
+def over_seeds(rows, key):
+    """[(row, mean, std), ...]: for each name its first row, and a measure over its seeds; std is 0 of a single one."""
     groups = {}
-    for row in results:
-        if row["part"] == part:
-            groups.setdefault((row["what"], row["width"]), []).append(row)
-    return groups
+    for row in rows:
+        groups.setdefault(row["name"], []).append(row)
+    values = [[row[key] for row in group] for group in groups.values()]
+    return [(group[0], np.mean(v), np.std(v, ddof=len(v) > 1)) for group, v in zip(groups.values(), values)]
 
 
-def print_table(results, part):
-    """What was run, and how good it is: a line for each kind, with mean and spread over the seeds."""
-    print(f"{'':38} {'parameters':>10} {'calls':>5}  {'inside':<17} {'sliced W2':<17} {'replay error':<17} parts, %")
-    for (what, width), rows in grouped(results, part).items():
-        columns = [mean_std([row[key] for row in rows]) if key in rows[0] else "" for key in
-                   ("share_inside", "sliced_w2", "replay_error")]  # fmt: skip
-        low, high = (100 * np.mean([row[key] for row in rows]) for key in ("smallest_part", "largest_part"))
-        name = f"{what}, width {width}" if width else what
-        print(f"{name:38} {rows[0]['parameters'] or '':>10} {rows[0]['nfe'] or '':>5}  "
-              f"{columns[0]:<17} {columns[1]:<17} {columns[2]:<17} {low:.1f} to {high:.1f}")
+def report(path, rows):
+    """Write the rows, and print a line for each name, with mean and spread over the seeds."""
+    write_json(path, rows)
+    print(f"{'':54} {'parameters':>10} {'calls':>5}  {'inside':<18}{'sliced W2':<18}{'replay error':<18}parts, %")
+    keys = *LABELS, "smallest_part", "largest_part"
+    for *cells, (_, low, _), (row, high, _) in zip(*(over_seeds(rows, key) for key in keys)):
+        what = f"{row['what']}, width {row['width']}, {row['updates']} updates"
+        texts = [f"{mean:.4f} +- {std:.4f}" if std else f"{mean:.4f}" for _, mean, std in cells]
+        print(f"{what:54} {row['parameters']:>10} {row['nfe']:>5}  {''.join(f'{text:<18}' for text in texts)}"
+              f"{100 * low:.1f} to {100 * high:.1f}")  # fmt: skip
 
 
-def draw_curve(axis, groups, names, key, **style):
-    """Mean over seeds against the number of parameters, with a bar for the standard deviation."""
-    chosen = [rows for (what, _), rows in groups.items() if what in names]
-    chosen.sort(key=lambda rows: rows[0]["parameters"])
-    x = [rows[0]["parameters"] for rows in chosen]
-    values = [[row[key] for row in rows] for rows in chosen]
-    spread = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
-    axis.errorbar(x, [np.mean(v) for v in values], spread, capsize=3, **style)
+def plot_curves(path, rows, x, measures, whats, title):
+    """A panel for each measure: mean and standard deviation over the seeds against x, a curve for each of `whats`."""
+    figure, axes = new_figure(4.4 + 3.2 * len(measures), 4.8, columns=len(measures), squeeze=False)
+    for axis, key in zip(axes[0], measures):
+        for what in whats:
+            style = {"label": what} | STYLES[what]
+            at, mean, std = zip(*over_seeds([row for row in rows if row["what"] == what], key))
+            if what != "teacher":
+                axis.errorbar([row[x] for row in at], mean, std, capsize=3, **style)
+            elif key != "replay_error":  # the teacher's own is 0
+                axis.axhline(mean[0], **style)
+        axis.set(xlabel=x, ylabel=LABELS[key], xscale="log", yscale="linear" if key == "share_inside" else "log")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    figure.suptitle(title)
+    figure.savefig(path)
 
 
-def style_axes(axis, ylabel, log=True):
-    axis.set_xscale("log")
-    axis.set_yscale("log" if log else "linear")
-    axis.xaxis.set_minor_formatter("")  # else the numbers between the powers of ten overlap
-    axis.set_xlabel("parameters of the student")
-    axis.set_ylabel(ylabel)
+def scatter(axis, one, colours, title):
+    """Samples that were `kept`, as many as there are colours, and the share of all that lies inside the support."""
+    axis.clear()
+    axis.scatter(*one["x"][: len(colours)].T, c=colours, s=1.5, lw=0)
+    axis.set(title=title, xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal", xticks=[], yticks=[])
+    axis.text(-2.5, 2.28, f"{100 * one['share_inside']:.1f} % inside", fontsize=9)
 
 
-def plot_bottleneck(path, results):
-    """bottleneck.png: the quality of one step against the student's size, with the teacher as the floor."""
-    groups = grouped(results, "story")
-    figure, axes = new_figure(13, 4.4, columns=3)
-    panels = [("replay_error", "replay error\n(squared distance to the teacher's sample)", True),
-              ("sliced_w2", "sliced Wasserstein-2 to the data", True),
-              ("share_inside", "share of samples inside the support", False)]  # fmt: skip
-    for axis, (key, label, log) in zip(axes, panels):
-        draw_curve(axis, groups, ["TD"], key, color=BLUE, marker="o", label="TD, 1 call")
-        draw_curve(axis, groups, ["TD, trained twice as long"], key, color=BLUE, marker="o", mfc="white", ls="none",
-                   label="TD, trained twice as long")  # fmt: skip
-        draw_curve(axis, groups, ["HD: TD + DMD + AWD"], key, color=ORANGE, marker="*", ms=16, ls="none",
-                   label="hierarchical distillation, 1 call")  # fmt: skip
-        teacher = next(rows for (what, _), rows in groups.items() if what == "teacher")
-        axis.axhline(np.mean([row[key] for row in teacher]), color="black", ls="--",
-                     label=f"teacher, {teacher[0]['nfe']} calls (left: half against all of its steps)")  # fmt: skip
-        if key == "sliced_w2":
-            data = groups["data against data", 0]
-            axis.axhline(np.mean([row[key] for row in data]), color=GREY, ls=":", label="data against data")
-        style_axes(axis, label, log)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
-    figure.suptitle("One-step students of one teacher, against their size")
-    save_figure(path, figure)
+def plot_story(path, run, rows, colours):
+    """story.png: the samples of seed 0, side by side."""
+    figure, axes = new_figure(14, 7.6, rows=2, columns=4)
+    data = DENSITIES[run["data"]][0](POINTS, rng(0, "judge data"))
+    scatter(axes.flat[0], {"x": data, "share_inside": 1.0}, [GREY] * POINTS, "data")
+    names = ["teacher", f"td-{WIDTHS[-1]}", f"td-{WIDTHS[0]}", f"td-{HD_WIDTH}", "td-dmd", "hd", "dmd-awd"]
+    of_name = {row["name"]: row for row in rows if row["seed"] == 0}
+    for axis, name in zip(axes.flat[1:], names):
+        title = "{what}\nwidth {width}, calls: {nfe}".format(**of_name[name])
+        scatter(axis, kept(run, 0, name), colours, title)
+    figure.suptitle("One colour is one noise point in all panels: it shows how high that point lay in the noise")
+    figure.savefig(path)
 
 
-def plot_story(path, panels):
-    """story.png: panels {title: (points (n, 2), a colour or a number for each)}, on the same axes."""
-    figure, axes = new_figure(14, 7.4, rows=2, columns=4, grid=False, sharex=True, sharey=True)
-    for axis, (title, (points, colour)) in zip(axes.flat, panels.items()):
-        cmap = None if colour is GREY else "viridis"
-        axis.scatter(*points.T, c=colour, cmap=cmap, s=1.5, lw=0)
-        axis.set(title=title, xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal")
-    save_figure(path, figure)
+def animate(path, run, colours):
+    """toy.gif: the same noise points through training; on the left TD and then stage 2, on the right no TD."""
+    figure, axes = new_figure(7.2, 4.1, columns=2)
+    frames = [("td-start", "stage 1: TD", n, n) for n in MARKS if n <= run["td_steps"]]
+    frames += [("hd", "stage 2: DMD + AWD", n, n + run["td_steps"]) for n in MARKS if n <= run["refine_steps"]]
+    writer = PillowWriter(fps=6)
+    with writer.saving(figure, path, dpi=64):
+        for name, title, n, total in frames:
+            scatter(axes[0], kept(run, 0, name, n), colours, f"{title}, update {total}")
+            scatter(axes[1], kept(run, 0, "dmd-awd", total), colours, f"no TD: DMD + AWD, update {total}")
+            writer.grab_frame()
 
 
-def plot_unified(path, results):
-    """unified.png: how far three distillations of one teacher stay from the exact average velocity, by size."""
-    groups = grouped(results, "unify")
-    figure, axis = new_figure(6, 4.2)
-    for road, colour, marker in [("MeanFlow", BLUE, "o"), ("consistency", PINK, "s"), ("progressive", GREEN, "^")]:
-        draw_curve(axis, groups, [road], "replay_error", color=colour, marker=marker, label=f"{road} distillation")
-    teacher = [row["replay_error"] for row in results if row["what"] == "teacher"]
-    axis.axhline(np.mean(teacher), color="black", ls="--", label="teacher at half against all of its steps")
-    style_axes(axis, "squared distance of u(eps, 0, 1)\nfrom the exact average velocity")
-    axis.set_title("Three distillations of one teacher, against the student's size")
-    axis.legend(fontsize=9)
-    save_figure(path, figure)
-
-
-def report(stages):
-    """Results, metrics, pictures and tables of all that the run folder holds; the story's picture is of one seed."""
-    run, judge, plan, seed = stages.run, stages.judge, stages.plan, stages.seed
-    order = [*story(stages), *unify(stages)]  # in this order
-    states = {name: state for name, state in run.stages().items() if name.split("-", 1)[-1] in order}
-    states = dict(sorted(states.items(), key=lambda item: (
-        item[1]["result"]["seed"], order.index(item[0].split("-", 1)[1]))))  # fmt: skip
-    results = [state["result"] for state in states.values()]
-    write_json(run.path / "results.json", results)
-    run.write_metrics([row for state in states.values() for row in state["rows"]])
-    pictures = []
-    if all(f"seed{seed}-{name}" in states for name in story(stages, first=False)):
-        small, large = min(plan["widths"]), max(plan["widths"])
-        calls = states[f"seed{seed}-teacher"]["result"]["nfe"]
-        chosen = {f"teacher, {calls} calls": "teacher", "TD, 1 call, smallest": f"td-{small}",
-                  "TD, 1 call, HD's size": f"td-{plan['hd_width']}", "TD, 1 call, largest": f"td-{large}",
-                  "TD + DMD, 1 call": "td-dmd",
-                  "HD: TD + DMD + AWD, 1 call": "hd", "no TD: DMD + AWD, 1 call": "dmd-awd"}  # fmt: skip
-        colour = judge.eps[:POINTS, 1].cpu().argsort().argsort()  # by the height of its noise: the same in all panels
-        panels = {"data": (judge.data[:POINTS].cpu(), GREY)}
-        panels |= {title: (states[f"seed{seed}-{name}"]["points"][:POINTS], colour) for title, name in chosen.items()}
-        plot_story(run.path / "story.png", panels)
-        plot_bottleneck(run.path / "bottleneck.png", results)
-        print_table(results, "story")
-        pictures += ["story.png", "bottleneck.png"]
-    if any(row["part"] == "unify" for row in results):
-        plot_unified(run.path / "unified.png", results)
-        print_table(results, "unify")
-        pictures.append("unified.png")
-    print(f"In {run.path}: {', '.join(pictures)}, results.json, metrics.csv, and a checkpoint for each network.")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def parse_arguments(arguments):
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=DENSITIES, default="checkerboard", help="2D density (default: %(default)s)")
-    parser.add_argument("--seeds", type=whole_number(1), default=1, help="how many seeds to run (default: %(default)s)")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="the first of them (default: %(default)s)")
-    parser.add_argument("--out", help="run folder (default: runs/toy2d, and for other data or plans runs/toy2d-...)")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: %(default)s)")
-    parser.add_argument("--workers", type=whole_number(1, 64), default=min(4, os.cpu_count() or 1),
-                        help="stages side by side, on one thread each (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="everything, small: to see that it works, not how well")
-    parser.add_argument("--unify", action="store_true",
-                        help="not the story, but three distillation methods side by side")  # fmt: skip
-    for name, what in [("teacher", "of the teacher"), ("td", "of stage 1, and of each method of --unify"),
-                       ("refine", "of stage 2")]:  # fmt: skip
-        parser.add_argument(f"--{name}-steps", type=whole_number(1),
-                            help=f"updates {what} (default: {PLANS['default'][f'{name}_steps']})")  # fmt: skip
-    args = parser.parse_args(arguments)
-    check_device(parser, args.device)
-    return parser, args
-
-
-def configuration(data, plan):
-    """What config.json holds: all that two runs must share to share a folder."""
-    return {"toy2d": {"data": data, **plan, "student_depth": STUDENT_DEPTH, "taps": TAPS,
-                      "teacher_width": TEACHER_WIDTH, "teacher_depth": TEACHER_DEPTH, "teacher_batch": TEACHER_BATCH,
-                      "batch": BATCH, "lr_teacher": LR_TEACHER,
-                      "lr_td": {width: td_rate(width) for width in plan["widths"]}}}  # fmt: skip
-
-
-def stages_of(args, plan, seed):
-    """One seed's stages, and its jobs: the story's or those of --unify."""
-    run, device = RunFolder(args.out, configuration(args.data, plan)), torch.device(args.device)
-    stages = Stages(run, judge_of(args.data, plan["samples"], device), plan, seed, device)
-    return stages, unify(stages) if args.unify else story(stages, first=seed == args.seed)
-
-
-def work(args, plan, seed, name):
-    """Do one job, in whatever process."""
-    _, jobs = stages_of(args, plan, seed)
-    jobs[name][1]()
-
-
-def main(arguments=None):
-    parser, args = parse_arguments(arguments)
-    plan = dict(PLANS["quick" if args.quick else "default"])
-    given = {f"{name}_steps": getattr(args, f"{name}_steps") for name in ("teacher", "td", "refine")}
-    plan |= {key: steps for key, steps in given.items() if steps is not None}
+    add = parser.add_argument
+    add("--data", choices=DENSITIES, default="checkerboard", help="2D density (default: %(default)s)")
+    add("--seeds", type=int, default=1, help="how many seeds to run (default: %(default)s)")
+    add("--out", type=Path, help="run folder (default: runs/toy2d, and for other data runs/toy2d-...)")
+    add("--quick", action="store_true", help="everything, small: to see that it works, not how well")
+    add("--unify", action="store_true", help="not the story, but three distillation methods side by side")
+    args = parser.parse_args(argv)
     name = "-".join(["toy2d"] + [args.data] * (args.data != "checkerboard") + ["quick"] * args.quick)
-    args.out = args.out or f"runs/{name}"
-    with sentences(parser) as held:
-        run = RunFolder(args.out, configuration(args.data, plan))
-        held.enter_context(alone(run.path))
-        finished, waiting = run.stages(), {}
-        for seed in range(args.seed, args.seed + args.seeds):
-            _, jobs = stages_of(args, plan, seed)
-            names = [name for name in jobs if f"seed{seed}-{name}" not in finished]
-            for name in jobs.keys() - names:
-                Keep(run, f"seed{seed}-{name}").discard()  # by a kill just before its stage would have done so
-            # the last first, for they take longest
-            waiting |= {(seed, name): [(seed, needed) for needed in jobs[name][0] if needed in names]
-                        for name in reversed(names)}  # fmt: skip
-        side_by_side(partial(work, args, plan), waiting, args.workers, parser.prog)
-        report(stages_of(args, plan, args.seed)[0])
+    run = (QUICK if args.quick else DEFAULT) | {"data": args.data, "out": args.out or Path("runs", name)}
+    start = time.time()
+    (unify if args.unify else story)(run, range(args.seeds))
+    print(f"In {run['out']}, after {(time.time() - start) / 60:.1f} minutes: pictures, rows as JSON, csv files.")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def pytest_configure(config):
+    torch.set_num_threads(1)  # networks this small take ten times as long on two threads of a machine that is busy
     config.addinivalue_line("markers", "slow: takes seconds, or minutes; leave it out with -m 'not slow'")
     # torch.func.jvp loads its own rules through torch.jit.script, which torch itself has deprecated
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script. is deprecated:DeprecationWarning")

@@ -1,24 +1,17 @@
-"""Weights and inputs that anyone can make again, so that a network can be checked without a download.
+"""Weights, inputs, a known density and broken copies of our files: what the tests share."""
 
-The numbers in the tests are what the official code answered (facebookresearch/DiT, willisma/SiT, diffusers) after its
-networks had been filled by this same rule.
-"""
-
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
+import contextlib
+import io
 import types
-from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from models import DiT, Teacher
+from models import DiT, Velocity
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,7 +27,8 @@ def fill(module):
     """Overwrite all weights of a module by a fixed rule, put it in eval mode and return it.
 
     For the k-th name of sorted(state_dict): w_i = s * sin(0.7 i + k), s = 0.3 for embedders and adaLN, else 0.05.
-    running_var becomes 1 + 0.5 * sin(0.7 i + k), a norm's gain 1 + w; pos_embed and integer entries stay.
+    running_var becomes 1 + 0.5 * sin(0.7 i + k), a norm's gain 1 + w; pos_embed and integer entries stay. The numbers
+    in the tests are what official networks answered after they had been filled by this same rule.
     """
     state = module.state_dict()
     for k, name in enumerate(sorted(state)):
@@ -52,78 +46,49 @@ def fill(module):
     return module.eval()
 
 
-def tiny_teacher(seed=0, two_times=False):
-    """A DiT for images (B, 1, 8, 8) of 3 classes in its wrapper, with random weights in the place of DiT's zeros."""
+def seeded(build, seed=0):
+    """build() with torch's global random numbers at a seed, and left as they were."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = DiT(8, 4, 1, 16, 2, 2, num_classes=3, two_times=two_times)
-        for parameter in net.parameters():
-            nn.init.normal_(parameter, std=0.15)
-    return Teacher(net)
+        return build()
 
 
-def without_times(rows):
-    """Rows of metrics without what no two runs share: how long a step took."""
-    return [{key: value for key, value in row.items() if key != "seconds_per_step"} for row in rows]
+def tiny_teacher(seed=0, two_times=False):
+    """A DiT for images (B, 1, 8, 8) of 3 classes in its wrapper, with random weights in the place of DiT's zeros."""
+    net = DiT(8, 4, 1, 16, 2, 2, num_classes=3, two_times=two_times)
+    for k, parameter in enumerate(net.parameters()):
+        nn.init.normal_(parameter, std=0.15, generator=torch.Generator().manual_seed(1000 * seed + k))
+    return Velocity(net)
 
 
-@contextmanager
-def within(seconds=5, megabytes=64):
-    """Inside, more address space than so much beyond the present one is refused, and more time raises an error.
+class GaussianMixture:
+    """Equal-weight round Gaussians N(mean_k, std^2): a density whose velocity and p_t are known exactly.
 
-    A loader may take either for damage: at the end, time is looked at once more; of memory, see `short_of_memory`."""
-    resource, begun = pytest.importorskip("resource"), time.monotonic()
-
-    def late(number, frame=None):
-        raise TimeoutError(f"not done after {seconds} s")
-
-    limit, alarm = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, late)
-    if os.path.exists("/proc/self/statm"):
-        with open("/proc/self/statm") as file:
-            size = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + (megabytes << 20), limit[1]))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, alarm)
-        resource.setrlimit(resource.RLIMIT_AS, limit)
-        if time.monotonic() - begun > seconds:
-            late(None)
-
-
-def short_of_memory(error):
-    """Whether a loader refused a file because `within` refused it memory."""
-    return re.search("MemoryError|allocate", str(error)) is not None
-
-
-SAVE_EACH_STEP = """
-import os, signal, sys
-import data, {script}
-data.Keep.EVERY = 0
-save, stage, last = data.Keep.save, sys.argv[1], int(sys.argv[2])
-def save_and_die(keep, parts, steps, rows):
-    save(keep, parts, steps, rows)
-    print("saved", keep.path.stem, steps, flush=True)
-    if (keep.path.stem, steps) == (stage, last):
-        os.kill(os.getpid(), {signal})
-data.Keep.save = save_and_die
-{script}.main(sys.argv[3:])
-"""
-
-
-def run_saving(script, *arguments, die=("", 0)):
-    """A script's main in a process of its own, which saves at each step and is SIGKILLed after `die` = (stage, steps).
-
-    Returns the first thing that it saved, "stage steps": where it went on.
+    means (K, D), std a number. Along x_t = (1 - t) x_0 + t eps the density stays a mixture, of N((1 - t) mean_k, s^2)
+    with s^2 = (1 - t)^2 std^2 + t^2, and within one component everything is linear in x_t (Gaussian conditioning).
     """
-    code = SAVE_EACH_STEP.format(script=script, signal=int(signal.SIGKILL))
-    process = subprocess.run([sys.executable, "-c", code, *map(str, [*die, *arguments])], cwd=ROOT, text=True,
-                             capture_output=True, timeout=900)  # fmt: skip
-    assert process.returncode == (-signal.SIGKILL if die[0] else 0), process.stderr
-    saved = [line.removeprefix("saved ") for line in process.stdout.splitlines() if line.startswith("saved ")]
-    return saved[0] if saved else None
+
+    def __init__(self, means, std):
+        self.means, self.std = torch.as_tensor(means, dtype=torch.float64), std
+
+    def draw(self, n, generator):
+        """n points (n, D), in float32."""
+        k = torch.randint(len(self.means), (n,), generator=generator)
+        return self.means[k].float() + self.std * torch.randn(n, self.means.shape[1], generator=generator)
+
+    def conditioning(self, x_t, t):
+        """For each component: x_t's distance from its centre (B, K, D), s^2 (B, 1, 1), its log-weight (B, K)."""
+        off = x_t[:, None, :] - (1 - t[:, None, None]) * self.means.to(x_t)
+        s2 = (1 - t[:, None, None]) ** 2 * self.std**2 + t[:, None, None] ** 2
+        return off, s2, -off.square().sum(2) / (2 * s2[:, :, 0])
+
+    def velocity(self, x_t, *, t, y=None):
+        """v(x_t, t) = E[eps - x_0 | x_t]: (B, D)."""
+        off, s2, logits = self.conditioning(x_t, t)
+        t = t[:, None, None]
+        # in component k: E[eps | x_t] = t/s^2 off,  E[x_0 | x_t] = mean_k + (1 - t) std^2/s^2 off
+        v = (t - (1 - t) * self.std**2) / s2 * off - self.means.to(x_t)  # (B, K, D)
+        return (torch.softmax(logits, dim=1)[:, :, None] * v).sum(dim=1)
 
 
 def broken(module, *replacements):
@@ -135,8 +100,32 @@ def broken(module, *replacements):
     source = Path(module.__file__).read_text()
     for old, new in replacements:
         if source.count(old) != 1:
-            raise LookupError(f"{old!r} stands {source.count(old)} times in {module.__file__}")
+            raise LookupError(f"{old!r} stands {source.count(old)} times in {Path(module.__file__).name}")
         source = source.replace(old, new)
     copy = types.ModuleType(module.__name__)
     exec(compile(source, f"broken {module.__name__}", "exec"), copy.__dict__)
     return copy
+
+
+def pictures(root, classes, end="jpg"):
+    """A folder root/<class>/<i>.<end> of random blocks, {class: number of images}, of sizes from 20 to 36 px. -> root"""
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            blocks = np.random.default_rng([i, *name.encode()]).integers(0, 256, (5, 5 + i % 5, 3), np.uint8)
+            Image.fromarray(blocks.repeat(4, 0).repeat(4, 1)).save(root / name / f"{i}.{end}")
+    return root
+
+
+def files(folder):
+    """{path: bytes} of all files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refusal(module, *arguments):
+    """What a script's main says as it stops with a code other than 0. A traceback would be another exception."""
+    said = io.StringIO()
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(said):
+        module.main([str(argument) for argument in arguments])
+    assert stop.value.code
+    return f"{said.getvalue()}{stop.value}"

@@ -1,111 +1,133 @@
 """The paper's unified view: consistency and progressive distillation learn the average velocity too.
 
+MeanFlow's identity holds for the average velocity of a flow without a closed form too, which scipy integrates.
 Proposition 1: the consistency model's continuous-time condition, df/dt = 0, is the MeanFlow identity at r = 0.
 Proposition 2: the student of N progressive halvings is the mean of 2^N teacher velocities along the path, and so
 converges to the average velocity, at first order in the step.
 """
 
-import types
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from helpers import broken
+from helpers import GaussianMixture, broken, seeded
+from scipy.integrate import solve_ivp
 from test_meanflow import GaussianFlow, network, points
 
 import meanflow_td
-import toy2d
 from data import rng
-from models import VelocityMLP, frozen_copy
+from models import VelocityMLP
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Proposition 1
-# ---------------------------------------------------------------------------------------------------------------------
+MIXTURE = GaussianMixture([[-1.0, 0.3], [1.2, 0.5], [0.1, -1.1]], 0.5)  # its flow has no closed form
+
+
+def path_end(x_t, *, t, r, steps=25):
+    """x_r from x_t along the mixture's flow, by Runge and Kutta's method in torch, so that it can be differentiated."""
+    h, x, s = (r - t) / steps, x_t, t
+    for _ in range(steps):
+        k1 = MIXTURE.velocity(x, t=s)
+        k2 = MIXTURE.velocity(x + h[:, None] / 2 * k1, t=s + h / 2)
+        k3 = MIXTURE.velocity(x + h[:, None] / 2 * k2, t=s + h / 2)
+        k4 = MIXTURE.velocity(x + h[:, None] * k3, t=s + h)
+        x, s = x + h[:, None] / 6 * (k1 + 2 * k2 + 2 * k3 + k4), s + h
+    return x
+
+
+def test_path_end_is_scipys():
+    """The oracle's own oracle: scipy's solver, to 1e-6."""
+    x_t, r, t = points(4, 2)
+    ours = path_end(x_t, t=t, r=r)
+    for i in range(4):
+        field = lambda s, x: MIXTURE.velocity(torch.tensor(x)[None], t=torch.tensor([s]))[0].numpy()  # noqa: E731
+        theirs = solve_ivp(field, (t[i].item(), r[i].item()), x_t[i].numpy(), method="DOP853", rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(ours[i].numpy(), theirs.y[:, -1], atol=1e-6)
+
+
+def check_exact_mixture(module):
+    x_t, r, t = points(16, 2)
+    u = lambda x_t, *, t, r: (x_t - path_end(x_t, t=t, r=r)) / (t - r)[:, None]  # noqa: E731
+    _, err = module.meanflow_loss(u, x_t, MIXTURE.velocity(x_t, t=t), r=r, t=t)
+    assert err.max() < 1e-10
+
+
+def test_the_exact_average_velocity_of_a_mixture_has_zero_loss():
+    """And not without (t - r) or d_t u."""
+    check_exact_mixture(meanflow_td)
+    for old, new in (("expand_times(t - r, v) * du_dt", "du_dt"), ("torch.ones_like(t[rows])", "0 * t[rows]")):
+        with pytest.raises(AssertionError):
+            check_exact_mixture(broken(meanflow_td, (old, new)))
+
+
+def tangent_of_f(u, x_t, v, t):
+    """df/dt along (v, 1) of the consistency function f(x_t, t) = x_t - t u(x_t, 0, t)."""
+    f = lambda x, time: x - time[:, None] * u(x, t=time, r=torch.zeros_like(time))  # noqa: E731
+    return torch.func.jvp(f, (x_t, t), (v, torch.ones_like(t)))[1]
 
 
 def test_the_exact_consistency_function_is_constant_along_the_path():
-    flow = GaussianFlow()
-    x_t, _, t = points(low=0.05)
-
-    def f(x, time):  # f(x_t, t) = x_t - t u(x_t, 0, t)
-        return x - time[:, None] * flow.average_velocity(x, t=time, r=torch.zeros_like(time))
-
+    """And off the path it is not."""
+    flow, (x_t, _, t) = GaussianFlow(), points(low=0.05)
     v = flow.velocity(x_t, t=t)
-    _, df_dt = torch.func.jvp(f, (x_t, t), (v, torch.ones_like(t)))
-    assert df_dt.abs().max() < 1e-12
-    _, elsewhere = torch.func.jvp(f, (x_t, t), (v + 1, torch.ones_like(t)))  # off the path it is not
-    assert elsewhere.abs().min() > 1e-3
+    assert tangent_of_f(flow.average_velocity, x_t, v, t).abs().max() < 1e-12
+    assert tangent_of_f(flow.average_velocity, x_t, v + 1, t).abs().min() > 1e-3
 
 
 def test_df_dt_is_the_residual_of_the_identity_at_r_0():
     """df/dt = v - u - t du/dt = u_target - u, for any network: the two conditions are one."""
-    net = network()
-    x_t, _, t = points(low=0.05)
+    net, (x_t, _, t) = network(), points(low=0.05)
     v, zero = GaussianFlow().velocity(x_t, t=t), torch.zeros_like(t)
-
-    def f(x, time):
-        return x - time[:, None] * net(x, t=time, r=zero)
-
-    _, df_dt = torch.func.jvp(f, (x_t, t), (v, torch.ones_like(t)))
     u_target, _ = meanflow_td.meanflow_target(net, x_t, v, r=zero, t=t)
-    torch.testing.assert_close(df_dt, u_target - net(x_t, t=t, r=zero))
+    torch.testing.assert_close(tangent_of_f(net, x_t, v, t), u_target - net(x_t, t=t, r=zero))
 
 
-def check_consistency_gradient(module):
-    """The consistency gradient weighted by 1/t is MeanFlow's at r = 0, parameter by parameter."""
-    net = network()
-    x_t, _, t = points(low=0.05)
-    v, zero = GaussianFlow().velocity(x_t, t=t), torch.zeros_like(t)
-    at_zero = lambda x, *, t: net(x, t=t, r=torch.zeros_like(t))  # noqa: E731
-    loss, err = module.consistency_loss(at_zero, x_t, v, t=t, p=0.0)
-    half, err_meanflow = meanflow_td.meanflow_loss(net, x_t, v, r=zero, t=t, p=0.0)
-    torch.testing.assert_close(err, err_meanflow)
-    ours = torch.autograd.grad(loss, net.parameters())
-    meanflows = torch.autograd.grad(0.5 * half, net.parameters())
-    for a, b in zip(ours, meanflows):
-        torch.testing.assert_close(a, b)
+def consistency_loss(u, x_t, v, *, t, sign=1.0, power=1.0):
+    """1/2 |f - sg[f - df/dt]|^2 / t, whose gradient is (df/dt) . grad f / t."""
+    f = x_t - t[:, None] * u(x_t, t=t, r=torch.zeros_like(t))
+    stepped = (f - sign * tangent_of_f(u, x_t, v, t)).detach()
+    return (0.5 * (f - stepped).square().sum(dim=1) / t**power).mean()
+
+
+def check_consistency_gradient(loss):
+    """loss(u, x_t, v, t=t) has half of the gradient of MeanFlow's at r = 0, parameter by parameter."""
+    net, (x_t, _, t) = network(), points(low=0.05)
+    v = GaussianFlow().velocity(x_t, t=t)
+    meanflow, _ = meanflow_td.meanflow_loss(net, x_t, v, r=torch.zeros_like(t), t=t, p=0.0)
+    expected = torch.autograd.grad(0.5 * meanflow, net.parameters())
+    for ours, theirs in zip(torch.autograd.grad(loss(net, x_t, v, t=t), net.parameters()), expected):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_the_consistency_gradient_over_t_is_meanflows():
-    check_consistency_gradient(toy2d)
+    """With another sign of df/dt, or without the weight 1/t, it is not."""
+    check_consistency_gradient(consistency_loss)
+    for wrong in (dict(sign=-1.0), dict(power=0.0)):
+        with pytest.raises(AssertionError):
+            check_consistency_gradient(partial(consistency_loss, **wrong))
 
 
-@pytest.mark.parametrize("old, new", [("(f - df_dt)", "(f + df_dt)"), (".sum(dim=1) / t\n", ".sum(dim=1)\n"),
-                                      ("(v - u - expand_times(t, x_t) * du_dt)", "(v - u - du_dt)")])  # fmt: skip
-def test_a_broken_consistency_loss_is_caught(old, new):
-    with pytest.raises(AssertionError):
-        check_consistency_gradient(broken(toy2d, (old, new)))
+def two_steps_as_one(velocity, x_t, *, t, h):
+    """Progressive distillation's target (arXiv 2202.00512): two steps of length h by the present velocity, as one."""
+    v_first = velocity(x_t, t=t)
+    return (v_first + velocity(x_t - h * v_first, t=t - h)) / 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Proposition 2
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def halve(module, velocity, rounds):
-    """The one-step student after exact progressive distillation of 2^rounds Euler steps: a function of (x_t, t=t)."""
-    for k in range(rounds):
-        previous, h = velocity, 2.0 ** (k - rounds)
-        velocity = lambda x, *, t, v=previous, h=h: module.progressive_target(v, x, t=t, h=h)  # noqa: E731
-    return velocity
-
-
-def check_progressive(module, velocity, exact):
-    """Against plain Euler steps, which average their velocities; and against the exact average velocity."""
+def check_progressive(target, velocity, exact):
+    """Exact students of 2^N halvings are the mean of the velocities of as many Euler steps, and nearer with each N."""
     eps = torch.randn(32, 3, generator=rng(0, "eps"), dtype=torch.float64)
-    one = torch.ones(32, dtype=torch.float64)
-    errors = []
+    one, errors = torch.ones(32, dtype=torch.float64), []
     for rounds in (3, 4, 5, 6, 7):
-        n = 2**rounds
-        x, velocities = eps, []
-        for k in range(n):
-            velocities.append(velocity(x, t=one * (1 - k / n)))
-            x = x - velocities[-1] / n
-        student = halve(module, velocity, rounds)(eps, t=one)
-        torch.testing.assert_close(student, torch.stack(velocities).mean(dim=0), rtol=1e-9, atol=1e-9)
-        errors.append((student - exact(eps)).abs().mean())
-    slopes = [torch.log2(a / b).item() for a, b in zip(errors, errors[1:])]
-    assert slopes[-1] == pytest.approx(1, abs=0.1), slopes
-    return slopes
+        x, velocities, student = eps, [], velocity
+        for k in range(2**rounds):
+            velocities.append(velocity(x, t=one * (1 - k / 2**rounds)))
+            x = x - velocities[-1] / 2**rounds
+        for k in range(rounds):
+            student = lambda x, *, t, v=student, h=2.0 ** (k - rounds): target(v, x, t=t, h=h)  # noqa: E731
+        u = student(eps, t=one)
+        torch.testing.assert_close(u, torch.stack(velocities).mean(dim=0), rtol=1e-9, atol=1e-9)
+        errors.append((u - exact(eps)).abs().mean())
+    slope = torch.log2(errors[-2] / errors[-1]).item()
+    assert slope == pytest.approx(1, abs=0.1)
 
 
 def gaussian_exact(eps):
@@ -114,63 +136,15 @@ def gaussian_exact(eps):
 
 
 def test_progressive_distillation_averages_and_converges_at_first_order():
-    check_progressive(toy2d, GaussianFlow().velocity, gaussian_exact)
+    """To a Gaussian's exact average velocity; the second velocity alone, or at the same time, is no mean."""
+    check_progressive(two_steps_as_one, GaussianFlow().velocity, gaussian_exact)
+    for wrong in (lambda v, x, *, t, h: v(x - h * v(x, t=t), t=t - h),
+                  lambda v, x, *, t, h: (v(x, t=t) + v(x - h * v(x, t=t), t=t)) / 2):  # fmt: skip
+        with pytest.raises(AssertionError):
+            check_progressive(wrong, GaussianFlow().velocity, gaussian_exact)
 
 
-def test_also_for_a_networks_velocity_field():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = VelocityMLP(3, 16, 2).double().requires_grad_(False)
-    check_progressive(toy2d, net, lambda eps: eps - meanflow_td.sample_ode(net, eps, steps=2000))
-
-
-def test_a_round_learns_to_step_twice_as_far_on_its_own_grid():
-    net, x_0, eps = VelocityMLP(2, 8, 2), *torch.randn(2, 64, 2, generator=rng(0, "round"))
-    previous, seen = VelocityMLP(2, 8, 2).requires_grad_(False), []
-
-    def watched(x_t, *, t):
-        seen.append((x_t, t))
-        return net(x_t, t=t)
-
-    _, terms = toy2d.progressive_objective(watched, x_0, None, eps, rng(0, "t"), previous=previous, h=1 / 8)
-    ((x_t, t),) = seen
-    assert set(t.tolist()) == {0.25, 0.5, 0.75, 1.0}
-    torch.testing.assert_close(x_t, (1 - t)[:, None] * x_0 + t[:, None] * eps)
-    x_mid = x_t - previous(x_t, t=t) / 8
-    target = (previous(x_t, t=t) + previous(x_mid, t=t - 1 / 8)) / 2
-    torch.testing.assert_close(terms["raw_error"], (net(x_t, t=t) - target).square().sum(1).mean())
-
-
-def test_rounds_halve_the_steps_and_share_the_updates(monkeypatch):
-    rounds, net, teacher = [], VelocityMLP(2, 4, 1), VelocityMLP(2, 4, 1)
-
-    def train(net, draw, objective, *, steps, name):
-        rounds.append((objective.keywords["h"], steps, objective.keywords["previous"], frozen_copy(net)))
-        return rounds[-1][3], [len(rounds)]
-
-    monkeypatch.setattr(toy2d, "train", train)
-    keep = types.SimpleNamespace(restore=lambda parts: (0, []), save=lambda *_: None)
-    last, rows = toy2d.distill_progressively(net, None, teacher=teacher, rounds=3, steps=10, name="p", keep=keep)
-    assert [h for h, *_ in rounds] == [1 / 8, 1 / 4, 1 / 2] and [steps for _, steps, *_ in rounds] == [3, 3, 4]
-    assert [previous for *_, previous, _ in rounds] == [teacher, rounds[0][3], rounds[1][3]]
-    assert last is rounds[2][3] and rows == [1, 2, 3]
-
-
-def test_consistency_distillation_asks_for_the_teachers_velocity_at_a_point_of_the_path(monkeypatch):
-    x_0, eps = torch.randn(2, 64, 2, generator=rng(0, "consistency"))
-    seen = []
-    monkeypatch.setattr(toy2d, "consistency_loss", lambda net, x_t, v, *, t: seen.append((x_t, v, t)) or (v.sum(), v))
-    toy2d.consistency_objective(None, x_0, None, eps, rng(0, "t"), teacher=lambda x_t, *, t: 2 * x_t + t[:, None])
-    ((x_t, v, t),) = seen
-    torch.testing.assert_close(x_t, (1 - t)[:, None] * x_0 + t[:, None] * eps)
-    torch.testing.assert_close(v, 2 * x_t + t[:, None])
-    assert t.min() < 0.1 and t.max() > 0.9
-
-
-@pytest.mark.parametrize("old, new", [
-    ("velocity(x_t - h * v_first", "velocity(x_t + h * v_first"), ("t=t - h)", "t=t)"),
-    ("(v_first + v_second) / 2", "v_second"),
-])  # fmt: skip
-def test_a_broken_halving_is_caught(old, new):
-    with pytest.raises(AssertionError):
-        check_progressive(broken(toy2d, (old, new)), GaussianFlow().velocity, gaussian_exact)
+def test_it_converges_for_a_networks_velocity_field_too():
+    """Against Heun's method with many steps."""
+    net = seeded(lambda: VelocityMLP(3, 16, 2)).double().requires_grad_(False)
+    check_progressive(two_steps_as_one, net, lambda eps: eps - meanflow_td.sample_ode(net, eps, steps=1000))

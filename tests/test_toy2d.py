@@ -1,147 +1,157 @@
-"""toy2d.py as a person runs it: what it leaves behind, how it goes on, and what it says to a mistake."""
+"""toy2d.py: densities, the distance, the two other roads of the unified view, and the script as a person runs it."""
 
-import csv
 import json
-import subprocess
-import sys
+import shutil
+import signal
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_saving, without_times
+from helpers import broken
 from PIL import Image
+from test_meanflow import GaussianFlow
+from test_propositions import check_consistency_gradient, check_progressive, gaussian_exact
+from test_runs import end, start  # noqa: F401  start is a fixture
 
-TINY = ["--quick", "--teacher-steps", "4", "--td-steps", "3", "--refine-steps", "3"]
+import toy2d
+from data import rng
 
+FEW = dict(teacher_steps=25, td_steps=25, refine_steps=25, samples=200, ode_steps=2, longer=(2,))  # instead of QUICK
 
-def start(*arguments):
-    return subprocess.Popen([sys.executable, ROOT / "toy2d.py", *map(str, arguments)], text=True, cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-
-
-def run(*arguments):
-    process = start(*arguments)
-    out, err = process.communicate(timeout=900)
-    return process.returncode, out, err
+# --- Densities and distance ------------------------------------------------------------------------------------------
 
 
-def contents(folder):
-    """All that a run is to reproduce to the bit: weights, measures, samples and metrics, without times."""
-    states = {}
-    for path in sorted(folder.glob("*.pt")):
-        state = torch.load(path, weights_only=True)
-        result = {k: v for k, v in state["result"].items() if k != "seconds"}
-        net = {k: v.tolist() for k, v in state.get("net", {}).items()}
-        states[path.stem] = [net, without_times(state["rows"]), result, state.get("points", torch.empty(0)).tolist()]
-    return states, without_times(metrics(folder))
+def check_density(name, m=toy2d):
+    """Draws are inside (three BLURs of a curve hold 0.989 of them), in equal shares; most of the plane is not."""
+    draw, part_of, parts = m.DENSITIES[name]
+    x = draw(8000, rng(0, "x"))
+    part = part_of(x)
+    assert x.shape == (8000, 2) and x.dtype == torch.float32 and torch.equal(x, draw(8000, rng(0, "x")))
+    assert (part >= 0).float().mean() >= (1 if name == "checkerboard" else 0.985)
+    shares = torch.bincount(part[part >= 0], minlength=parts) / 8000
+    assert len(shares) == parts and (shares - 1 / parts).abs().max() < 0.02
+    plane = 6 * torch.rand(8000, 2, generator=rng(0, "plane")) - 3
+    assert (part_of(plane) == -1).float().mean() > 0.7
+    assert (part_of(torch.tensor([[9.0, 9.0], [-9.0, 0.5]])) == -1).all()
 
 
-def metrics(folder):
-    """The rows of metrics.csv, below its line of comment."""
-    with open(folder / "metrics.csv") as file:
-        assert next(file).startswith("# ")
-        return list(csv.DictReader(file))
+@pytest.mark.parametrize("name", toy2d.DENSITIES)
+def test_a_density_fills_its_parts_evenly(name):
+    check_density(name)
+
+
+def check_sliced_w2(m=toy2d):
+    """A shift s moves a projection by s . direction, of mean square |s|^2/2; a Gaussian of std (a, b), and turned by 90
+    degrees, has projections of std |(a cos, b sin)| and |(b cos, a sin)|, whose distance is that of their std."""
+    x = torch.randn(6000, 2, generator=rng(0, "x"))
+    distance = lambda a, b: m.sliced_w2(m.sorted_projections(a), m.sorted_projections(b))  # noqa: E731
+    assert distance(x, x) == 0 and distance(x, x[torch.randperm(len(x), generator=rng(0))]) < 1e-6
+    assert distance(x, x + torch.tensor([0.3, 0.4])) == pytest.approx(0.5 / 2**0.5, rel=1e-3)
+    a, b, angle = 2.0, 0.5, np.pi * (np.arange(1000) + 0.5) / 1000
+    one, other = (np.hypot(p * np.cos(angle), q * np.sin(angle)) for p, q in ((a, b), (b, a)))
+    expected = ((one - other) ** 2).mean() ** 0.5
+    wide = x * torch.tensor([a, b])
+    assert distance(wide, wide.flip(1)) == pytest.approx(expected, rel=0.03)
+
+
+def test_sliced_w2():
+    check_sliced_w2()
+
+
+def test_measures_of_known_samples():
+    """The data itself, the data a square to the right, and one point alone."""
+    x = toy2d.DENSITIES["checkerboard"][0](4000, rng(0, "judge data"))
+    own, off, one = (toy2d.measure(y, "checkerboard", x) for y in (x, x + torch.tensor([1.0, 0]), 0 * x - 1.5))
+    assert (own["share_inside"], own["sliced_w2"], own["replay_error"]) == (1, 0, 0)
+    assert (off["share_inside"], off["largest_part"]) == (0, 0) and off["replay_error"] == pytest.approx(1, rel=1e-4)
+    assert (one["smallest_part"], one["largest_part"]) == (0, 1)
+
+
+# --- The roads -------------------------------------------------------------------------------------------------------
+
+
+def check_consistency(m=toy2d):
+    """MeanFlow's gradient at r = 0; err is the squared norm of df/dt, which is none on the exact answer."""
+    check_consistency_gradient(lambda u, x, v, *, t: m.consistency_loss(
+        lambda x, *, t: u(x, t=t, r=0 * t), x, v, t=t, p=0.0)[0])  # fmt: skip
+    flow, t = GaussianFlow(), torch.linspace(0.05, 1, 9, dtype=torch.float64)
+    x = torch.randn(9, 3, generator=rng(0, "x"), dtype=torch.float64)
+    exact = lambda x, *, t: flow.average_velocity(x, t=t, r=0 * t)  # noqa: E731
+    assert m.consistency_loss(exact, x, flow.velocity(x, t=t), t=t)[1].max() < 1e-20
+
+
+def check_rounds(m=toy2d):
+    """Exact rounds of progressive distillation converge to the flow's average velocity, at first order."""
+    check_progressive(m.progressive_target, GaussianFlow().velocity, gaussian_exact)
+
+
+def test_the_two_other_roads():
+    check_consistency()
+    check_rounds()
+
+
+@pytest.mark.parametrize("check, old, new", [
+    (check_consistency, "(v - u - expand_times(t, x_t) * du_dt)", "(v - u + expand_times(t, x_t) * du_dt)"),
+    (check_consistency, "(f - df_dt).detach()", "(f + df_dt).detach()"),
+    (check_consistency, ".sum(dim=1) / t\n", ".sum(dim=1)\n"),
+    (check_rounds, "(v_first + v_second) / 2", "v_second"),
+    (check_rounds, "x_t - h * v_first, t=t - h", "x_t - h * v_first, t=t"),
+    (check_sliced_w2, "@ x.T).sort(dim=1).values", "@ x.T)"),
+    (check_sliced_w2, "angle = math.pi *", "angle = math.pi / 2 *"),
+    (partial(check_density, "checkerboard"), "(row + column) % 2 == 0", "(row + column) % 2 == 1"),
+    (partial(check_density, "spirals"), "distance < 3 * BLUR", "distance < 30 * BLUR")])  # fmt: skip
+def test_a_broken_copy_is_caught(check, old, new):
+    with pytest.raises(AssertionError):
+        check(m=broken(toy2d, (old, new)))
+
+
+# --- The script ------------------------------------------------------------------------------------------------------
+
+
+def in_one_process(arguments, put=partial(setattr, toy2d)):
+    """The script with few steps, on small batches, its jobs one after the other."""
+    put("QUICK", FEW)
+    put("draw", lambda data, batch, generator: (toy2d.DENSITIES[data][0](16, generator), None))
+    put("in_processes", lambda work, jobs: list(map(work, jobs)))
+    toy2d.main(arguments)
 
 
 @pytest.mark.slow
-def test_quick_tells_the_whole_story(tmp_path):
-    out = tmp_path / "run"
-    code, text, err = run("--quick", "--out", out)  # 27 s on 2 idle cores
-    assert code == 0, err
-    results = json.loads((out / "results.json").read_text())
-    kinds = [row["what"] for row in results]
-    assert kinds.count("TD") == 6 and {"data against data", "teacher", "TD + DMD", "HD: TD + DMD + AWD", "DMD, no TD",
-                                      "TD + DMD + GAN, mean pooling", "DMD + AWD, no TD"} <= set(kinds)  # fmt: skip
-    for row in results:
-        assert 0 <= row["share_inside"] <= 1 and row["sliced_w2"] >= 0 and row["seed"] == 0 and "nfe" in row
-        assert row["what"] in text
-    # the same number of updates for every student, however it spends them; counted by the steps that were logged
-    rows = metrics(out)
-    updates = {row["network"]: int(row["step"]) + 1 for row in rows}
-    assert all(float(row["du_dt"]) > 0 for row in rows if row["network"] == "td-start")
-    for name, count in updates.items():
-        if name not in ("teacher", "td-start", "td-largest-twice"):
-            assert count + (updates["td-start"] if name in ("td-dmd", "hd", "td-dmd-mean") else 0) == 200, name
-    assert len(updates) == 14
-    students = {row["updates"] for row in results if row["nfe"] == 1 and row["what"] not in
-                ("TD, trained twice as long", "TD, first half only")}  # fmt: skip
-    assert students == {200}
-    for name in ("story.png", "bottleneck.png"):
-        with Image.open(out / name) as picture:
-            assert min(picture.size) > 300 and len(picture.convert("L").resize((64, 64)).getcolors(4096)) > 20
-    assert str(out) in text
-    # the same command again only redraws: each stage's file, which holds the time when it was finished, is the same
-    before, states = contents(out), {path: path.read_bytes() for path in out.glob("*.pt")}
-    code, again, err = run("--quick", "--out", out)
-    assert code == 0 and again == text and contents(out) == before
-    assert {path: path.read_bytes() for path in out.glob("*.pt")} == states
-    # a second seed joins the first, and the table has a spread
-    code, text, err = run(*TINY, "--seeds", 2, "--out", tmp_path / "tiny")
-    assert code == 0 and "+-" in text
-
-
-@pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_bits(tmp_path):
+def test_the_story_killed_or_not(start, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Pictures, and a row for each training; the same command again only draws, or goes on where it was killed."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, _, err = run(*TINY, "--workers", 2, "--out", whole)
-    assert code == 0, err
-    went_on = "seed0-teacher 1"
-    for stage, steps in [("seed0-teacher", 2), ("seed0-hd", 1), ("seed0-td-12", 6)]:
-        assert run_saving("toy2d", *TINY, "--workers", 1, "--out", killed, die=(stage, steps)) == went_on
-        assert (killed / f"{stage}.unfinished").exists() and not (killed / f"{stage}.pt").exists()
-        went_on = f"{stage} {steps + 1}"  # not at the stage's start
-        if steps == 6:  # of td-12 there is nothing left but to finish it
-            went_on = "seed0-td-8 1"
-    assert run_saving("toy2d", *TINY, "--workers", 1, "--out", killed) == went_on
-    assert contents(killed) == contents(whole)
-    assert not list(killed.glob("*.unfinished")) and not list(killed.glob("*.partial"))
+    in_one_process(["--quick", "--out", str(whole)], put=partial(monkeypatch.setattr, toy2d))
+    rows = json.loads((whole / "results.json").read_text())
+    before = {path: path.read_bytes() for path in whole.glob("*.pt")}
+    kinds = [row["what"] for row in rows]
+    assert kinds.count("TD") == len(toy2d.WIDTHS) and len(rows) >= 14 and all(row["seed"] == 0 for row in rows)
+    assert {"teacher", "HD: TD + DMD + AWD", "TD + DMD", "DMD, no TD", "DMD + AWD, no TD"} < set(kinds)
+    assert all(np.isfinite(value) for row in rows for value in row.values() if not isinstance(value, str))
+    said = capsys.readouterr().out
+    assert all(word in said for word in (str(whole), *kinds))
+    equal = ("TD", "TD + DMD", "HD: TD + DMD + AWD", "DMD, no TD", "DMD + AWD, no TD")
+    assert {row["updates"] for row in rows if row["what"] in equal} == {50}
+    for name in ("story.png", "bottleneck.png", "start.png", "toy.gif"):
+        assert len(np.unique(Image.open(whole / name).convert("L"))) > 20
+    shutil.copytree(whole, killed)
+    toy2d.main(["--quick", "--out", str(whole)])
+    assert json.loads((whole / "results.json").read_text()) == rows
+    assert {path: path.read_bytes() for path in before} == before
+    (killed / "seed0-hd.pt").unlink()
+    (killed / "seed0-td-start.pt").unlink()
+    for die_at, name in ((18, "td-start"), (40, "hd")):
+        end(start(in_one_process, "--quick", "--out", killed, die_at=die_at), -signal.SIGKILL)
+        assert 0 < torch.load(killed / f"seed0-{name}.pt")["step"] < 25
+    end(start(in_one_process, "--quick", "--out", killed))
+    assert json.loads((killed / "results.json").read_text()) == rows
 
 
 @pytest.mark.slow
-def test_unify_measures_three_roads_killed_or_not(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, _, err = run(*TINY, "--unify", "--out", whole)
-    assert code == 0, err
-    rows = [row for row in json.loads((whole / "results.json").read_text()) if row["part"] == "unify"]
-    roads = ["MeanFlow", "consistency", "progressive"]
-    assert [row["what"] for row in rows] == ["the teacher's 8 Euler steps", *roads, *roads]
-    assert {row["updates"] for row in rows[1:]} == {3} and all(row["replay_error"] > 0 for row in rows)
-    assert (whole / "unified.png").exists()
-    stage = "seed0-unify-progressive-8"  # which saves itself after each of its three rounds
-    one = ["--workers", 1, "--unify", "--out", killed]
-    assert run_saving("toy2d", *TINY, *one, die=(stage, 2)) == "seed0-teacher 1"
-    assert run_saving("toy2d", *TINY, *one) == f"{stage} 3"
-    assert contents(killed) == contents(whole)
-
-
-@pytest.mark.parametrize("arguments, sentence", [
-    (["--data", "moons"], "invalid choice: 'moons'"),
-    (["--td-steps", "-5"], "'-5' is not a whole number in 1"),
-    (["--refine-steps", "0"], "'0' is not a whole number in 1"),
-    (["--teacher-steps", "many"], "'many' is not a whole number in 1"),
-    (["--seeds", "0"], "'0' is not a whole number in 1"),
-    (["--seed", "-1"], "'-1' is not a whole number in 0"),
-    (["--device", "warp"], "--device warp can't be used here"),
-    (["--out", "FILE"], "name another run folder with --out"),
-    (["--out", "FILE/below"], "name another run folder with --out"),
-    (["--out", "OTHER"], "is no run folder, but it is not empty"),
-    (["--out", "RINGS"], "holds a run of another configuration (of toy2d: data = 'rings' there and 'checkerboard'"),
-])  # fmt: skip
-def test_a_mistake_gets_one_sentence(tmp_path, capsys, arguments, sentence):
-    import toy2d
-    from data import RunFolder
-
-    (tmp_path / "FILE").write_text("mine")
-    (tmp_path / "OTHER").mkdir()
-    (tmp_path / "OTHER" / "mine.txt").write_text("mine")
-    RunFolder(tmp_path / "RINGS", toy2d.configuration("rings", toy2d.PLANS["quick"]))
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    if arguments[0] == "--out":
-        arguments = ["--out", str(tmp_path / arguments[1])]
-    elif arguments[0] != "--data":
-        arguments = [*arguments, "--out", str(tmp_path / "new")]
-    with pytest.raises(SystemExit) as stop:
-        toy2d.main(["--quick", *arguments])
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert sentence in err and "Traceback" not in err
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+def test_unify_measures_three_roads_in_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy2d, "QUICK", FEW | dict(teacher_steps=6, td_steps=6, refine_steps=6))
+    toy2d.main(["--unify", "--quick", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "unified.json").read_text())
+    assert [row["what"] for row in rows] == ["teacher", *3 * ["MeanFlow", "consistency", "progressive"]]
+    assert len({row["updates"] for row in rows[1:]}) == 1 and all(0 < row["replay_error"] < 1e4 for row in rows[1:])
+    assert (tmp_path / "unified.png").exists()
