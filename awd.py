@@ -4,7 +4,7 @@ Stage 2 draws the student's samples towards the teacher's distribution by two sc
 be no sharper than these. A discriminator that sees real data adds what they miss: it reads the frozen teacher's own
 features of a noised image (PRIOR: LADD, Sauer et al., arXiv 2403.12015) and tells data from samples. Once a student is
 well placed by stage 1, what is still wrong with it is local, a stroke too thin or an edge too soft, while most of the
-feature map is already right. A head that averages all tokens waters the few telling ones down. AWD (PAPER: Cheng et
+feature map is already right. A head that averages all tokens dilutes the few that matter. AWD (PAPER: Cheng et
 al., arXiv 2511.08930) learns where to look:
 
     f (B, N, C) -> LayerNorm -> keys k_i = K f_i, values z_i = SN linear(f_i)
@@ -19,7 +19,7 @@ The baseline, pooling="mean", is the same head with a_i = 1/N. Nothing else diff
     logits = AdaptiveWeightedDiscriminator(dims=[128])(features)      features: a list of (B, N, C), one a tapped layer
     loss_d = discriminator_hinge(logits of data, logits of samples);  loss_g = generator_hinge(logits of samples)
 
-What the paper does not tell: the loss (hinge here, PRIOR: LADD), the layers, and the head's width.
+The paper does not state: the loss (hinge here, PRIOR: LADD), the layers, and the head's width.
 """
 
 import torch

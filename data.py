@@ -164,7 +164,7 @@ def to_uint8(x):
 
 def save_grid(path, x, columns=10):
     """Images x (N, C, H, W) in about [-1, 1] as one PNG, row by row."""
-    images = to_uint8(x)
+    images = to_uint8(x)  # those that fill no whole row are left out
     N, H, W, C = images.shape
     sheet = images[: N // columns * columns].reshape(-1, columns, H, W, C).swapaxes(1, 2).reshape(-1, columns * W, C)
     put(path, lambda beside: Image.fromarray(sheet.squeeze(2) if C == 1 else sheet).save(beside, "png"))
@@ -310,7 +310,8 @@ def encode(folder, vae, cache, about, batch=32):
 
 
 class Latents:
-    """What `encode` wrote, memory-mapped. With folder and about it is called first. BadInput: not all latents exist."""
+    """What `encode` wrote, memory-mapped. With a folder, it is called first. about: what info.json has to say of them.
+    BadInput: another making, or not all latents exist."""
 
     def __init__(self, cache, vae, folder=None, about=None):
         if folder and ranks() == 1:
@@ -320,6 +321,8 @@ class Latents:
         if info["done"] != info["images"]:
             raise BadInput(f"{cache} holds {info['done']} of {info['images']} latents: run meanflow_td.py once without "
                            "torchrun, with --data-dir, until all are encoded")  # fmt: skip
+        if other := [key for key in about or () if info[key] != about[key]]:
+            raise BadInput(f"{cache} holds latents of another {other[0]}: name that one, or another folder by --cache")
         self.moments = np.load(Path(cache, "moments.npy"), mmap_mode="r")
         self.rows = torch.from_numpy(np.delete(np.arange(info["images"]), info["unreadable"]))
         self.labels = torch.from_numpy(np.load(Path(cache, "labels.npy")))

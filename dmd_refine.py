@@ -1,8 +1,8 @@
 """Stage 2: refine the one-step student by distribution matching (DMD) and an adversarial loss (AWD).
 
-Stage 1 asked of every noise point the answer that the teacher's path gives it, and a finite student cannot keep so many
-promises. This stage drops them: it no longer matters WHICH sample a noise point becomes, only that all samples together
-have the teacher's distribution. For that, minimise KL(student || teacher) on noised samples, whose gradient is a
+Stage 1 asks that each noise point becomes the teacher's own sample of it. A small network can't do this for all points.
+This stage drops it: it no longer matters WHICH sample a noise point becomes, only that all samples together have the
+teacher's distribution. For that, minimise KL(student || teacher) on noised samples, whose gradient is a
 difference of two scores (Yin et al., arXiv 2311.18828):
 
     x_gen = eps - u(eps, 0, 1)                        the student's sample, one call
@@ -13,8 +13,8 @@ difference of two scores (Yin et al., arXiv 2311.18828):
 
 since a score is -(x_t - (1 - t) x0_guess)/t^2, and so score_fake - score_real = (1 - t)/t^2 (x0_fake - x0_real).
 The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen, several updates for
-each of the student's. It is always a little late, and the two scores tell something only where samples of both, student
-and teacher, lie; so a student had better start close to the teacher, which is the paper's reason for stage 1.
+each of the student's. It is always a little late, and the two scores are useful only where samples of both, student and
+teacher, lie. So a student had better start close to the teacher: that is the paper's reason for stage 1.
 The adversarial term adds what neither score knows: real data. A discriminator (awd.py) reads the frozen teacher's
 features of x_gen at a little noise, where local defects can still be seen.
 
@@ -26,8 +26,8 @@ Three players, each update moves one of them:
     python dmd_refine.py --data glyphs --ablation --seeds 3    # which part does what: all variants, one table
     python dmd_refine.py --data imagenet --device cuda         # from the latents that meanflow_td.py has encoded
 
-A run adds to the folder of stage 1: <name>-seed<seed>.pt, its csv, grids in samples/, attention.png.
-What the paper does not tell: learning rates, update ratio, lambda_adv, times of the adversarial term. OURS: the
+A run adds to the folder of stage 1: <name>-seed<seed>.pt, its csv, grids in samples/, attention-<name>-seed<seed>.png.
+The paper does not state: learning rates, update ratio, lambda_adv, times of the adversarial term. OURS: the
 defaults of `refine`, found on the 2D toy, and PRESETS, found on glyphs.
 """
 
@@ -66,10 +66,11 @@ def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake, normalize=True):
     """The direction in which x_gen should NOT go: (x0_fake - x0_real) / mean|x_gen - x0_real|, for each sample.
 
     x_gen, its noised x_t, and both velocities at (x_t, t): (B, ...); t (B,). Returns (B, ...).
-    Multiplied by (1 - t)^2/t^2 instead of normalised, and averaged over the noise, this is the exact gradient of
-    KL(p_gen,t || p_real,t) by x_gen, if both velocities are exact: a score is -(x_t - (1 - t) x0_guess)/t^2, and x_t
-    moves by 1 - t as x_gen moves by 1. The normaliser gives all noise levels about the same weight instead. PRIOR:
-    the normaliser of DMD (arXiv 2311.18828, eq. 8), whose other factor, 1 - t, DMD2's code leaves out, as we do.
+    Multiplied by (1 - t)^2/t^2 instead of normalised (normalize=False, for a test), and averaged over the noise, this
+    is the exact gradient of KL(p_gen,t || p_real,t) by x_gen, if both velocities are exact: a score is
+    -(x_t - (1 - t) x0_guess)/t^2, and x_t moves by 1 - t as x_gen moves by 1. The normaliser gives all noise levels
+    about the same weight instead. PRIOR: the normaliser of DMD (arXiv 2311.18828, eq. 8), whose other factor, 1 - t,
+    DMD2's code leaves out, as we do.
     """
     x0_real = x0_from_velocity(x_t, t, v_real)
     x0_fake = x0_from_velocity(x_t, t, v_fake)
@@ -86,7 +87,7 @@ def dmd_loss(x_gen, grad):
 
 
 def noised(x, generator, times):
-    """x (B, ...) at uniform times in [low, high]: x_t and its noise (B, ...), t (B,)."""
+    """x (B, ...) at uniform times in [times[0], times[1]]: x_t and its noise (B, ...), t (B,)."""
     noise = torch.randn(x.shape, generator=generator, device=x.device)
     t = times[0] + (times[1] - times[0]) * torch.rand(len(x), generator=generator, device=x.device)
     return add_noise(x, noise, t), noise, t
@@ -116,7 +117,7 @@ def discriminator_loss(discriminator, teacher, x_data, x_gen, y, generator, *, t
 def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_adv, taps):
     """L_G = L_DMD + lambda_adv L_adv for samples x_gen (B, ...) with their graph. discriminator None: L_DMD alone.
 
-    Logs the mean norm of either gradient by x_gen, of one sample, as it enters L_G: which of the two has the say.
+    Logs the mean norm of DMD's `grad` over the samples, and the mean and spread of x_gen.
     """
     x_t, _, t = noised(x_gen, generator, T_DMD)
     with torch.no_grad():
@@ -135,16 +136,18 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_
 
 
 def refine(path, student, teacher, fake, discriminator, draw, *, steps, seed=0, taps=(), lambda_adv=0.03, lr=3e-3,
-           lr_fake=2e-3, lr_discriminator=1e-3, fake_updates=2, student_steps=1, ema_decay=0.999, config=None,
-           look=None, look_every=500, **how):  # fmt: skip
+           lr_fake=2e-3, lr_discriminator=1e-3, fake_updates=2, make=generate, ema_decay=0.999, config=None, look=None,
+           look_every=500, **how):  # fmt: skip
     """Train the student by L_G, with its two helpers; return its average network (EMA), frozen.
 
     path: the stage's file, see `data.go_on`. student: two times, from stage 1 (or without it, for the control).
-    teacher: frozen, and guided. fake: a copy of it, which is trained; without guidance, for the samples that it fits
+    teacher: frozen, guided or not. fake: a copy of it, which is trained; without guidance, for the samples that it fits
     are guided already. discriminator: an awd.AdaptiveWeightedDiscriminator for the layers `taps` of the teacher, or
-    None. draw(generator) -> x_data (B, ...), y (B,) or None. fake_updates: for each of the student's (PRIOR: DMD2's
-    two-time-scale rule, there 5; OURS: 2, since small networks learn fast). Learning rates are peaks, and fall to 0.
+    None. make(student, eps, y): makes x_gen. draw(generator) -> x_data (B, ...), y (B,) or None. fake_updates: for each
+    of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2, since small networks learn fast). Learning
+    rates are peaks, and fall to 0.
     look(ema, n): draws a picture after n updates, every look_every. how: clip, parts and amp of `meanflow_td.update`.
+    As in stage 1, `go_on` calls one_step(k) for each k, saves and logs.
     """
     players = {"student": student, "fake": fake} | ({"discriminator": discriminator} if discriminator else {})
     peaks = {"student": lr, "fake": lr_fake, "discriminator": lr_discriminator}
@@ -157,8 +160,8 @@ def refine(path, student, teacher, fake, discriminator, draw, *, steps, seed=0, 
         """Data, labels, and the student's samples of the same labels, with a graph where the student is to learn."""
         x_data, y = draw(generator)
         eps = torch.randn(x_data.shape, generator=generator, device=x_data.device)
-        with torch.set_grad_enabled(next(student.parameters()).requires_grad):
-            return x_data, y, generate_by_calls(student, eps, y, student_steps)
+        with torch.set_grad_enabled(next(student.parameters()).requires_grad):  # frozen by `move` unless it is its turn
+            return x_data, y, make(student, eps, y)
 
     def of_fake(generator):
         _, y, x_gen = drawn(generator)
@@ -188,28 +191,26 @@ def refine(path, student, teacher, fake, discriminator, draw, *, steps, seed=0, 
             log |= {f"d_{key}": value for key, value in move("discriminator", of_discriminator, k).items()}
         log = move("student", of_student, k) | log
         update_ema(ema, student, k, ema_decay)
-        # --- bookkeeping: data.go_on ---
+        # --- bookkeeping: go_on logs and saves ---
         return log
 
     config = {**(config or {}), "seed": seed, "taps": taps, "lambda_adv": lambda_adv, "lr": peaks,
-              "fake_updates": fake_updates, "student_steps": student_steps, "clip": how.get("clip"),
-              "parts": how.get("parts", 1)}  # fmt: skip
+              "fake_updates": fake_updates, "clip": how.get("clip"), "parts": how.get("parts", 1)}  # fmt: skip
     go_on(path, {**players, **optimizers, "ema": ema}, one_step, steps=steps, config=config,
           look=look and partial(look, ema), look_every=look_every)  # fmt: skip
     return ema
 
 
-# --- A student of one or two calls -----------------------------------------------------------------------------------
+# --- A student of one and of two calls: --student-steps 2 ------------------------------------------------------------
 
-ONE_CALL = 0.75  # OURS: share of rows that a student of 2 calls makes in 1, since one call is harder to learn
+ONE_CALL = 0.75  # OURS: share of rows that such a student makes in 1 call, since one call is harder to learn
 
 
-def generate_by_calls(student, eps, y, steps):
-    """x_gen (B, ...) with its graph. With steps=2 some of the rows take 1 call and the others 2, so that the student
-    learns both, and its second call is trained on the very states that its first call leaves."""
-    one = int(ONE_CALL * len(eps)) if steps == 2 else len(eps)
-    x_gen = generate(student, eps[:one], None if y is None else y[:one])
-    return x_gen if steps == 1 else torch.cat([x_gen, generate(student, eps[one:], y[one:], steps=2)])
+def generate_by_calls(student, eps, y):
+    """x_gen (B, ...) with its graph; some of the rows take 1 call and the others 2, so that the student learns both,
+    and its second call is trained on the very states that its first call leaves."""
+    one = int(ONE_CALL * len(eps))
+    return torch.cat([generate(student, eps[:one], y[:one]), generate(student, eps[one:], y[one:], steps=2)])
 
 
 class FakeByCalls(nn.Module):
@@ -305,8 +306,10 @@ def refine_images(out, name, seed, init, pooling, *, where, stage_1, plan, stude
     student = new_network(seed, "student", lambda: student_from_teacher(teacher)).to(device)
     if init == "td":
         student, made = load_net(out / "td.pt", hint, device, two_times=True)
-        if made["w"] != teacher.w:
-            raise BadInput(f"{out / 'td.pt'} was distilled at w = {made['w']}, not {teacher.w}: give the same --w")
+        now = {"w": teacher.w, "cfg_channels": teacher.cfg_channels, "teacher": type(teacher).__name__}
+        was = {**made, "teacher": made["network"]["wrapper"]}
+        if other := [f"{key} = {was[key]}, not {now[key]}" for key in now if was[key] != now[key]]:
+            raise BadInput(f"{out / 'td.pt'} was distilled with {'; '.join(other)}: give the same flags")
     fake = type(teacher)(copy.deepcopy(teacher.net))  # PAPER: starts as the teacher; unguided
     for net in (student.net, teacher.net, fake.net):
         net.checkpointing, net.compiling = passes
@@ -328,10 +331,11 @@ def refine_images(out, name, seed, init, pooling, *, where, stage_1, plan, stude
 
     batch, parts = plan.pop("batch"), stage_1["parts"]
     about = {"data": where["data"], "network": describe(student), "w": teacher.w, "init": init, "pooling": pooling,
-             "batch": batch}  # fmt: skip
-    ema = refine(out / f"{stem}.pt", student, teacher, FakeByCalls(fake) if student_steps == 2 else fake, discriminator,
-                 partial(source.draw, batch // parts), **plan, seed=seed, student_steps=student_steps, parts=parts,
-                 amp=device.type == "cuda", config=about, look=look)  # fmt: skip
+             "batch": batch, "student_steps": student_steps}  # fmt: skip
+    branch, make = (FakeByCalls(fake), generate_by_calls) if student_steps == 2 else (fake, generate)
+    draw = partial(source.draw, batch // parts)
+    ema = refine(out / f"{stem}.pt", student, teacher, branch, discriminator, draw, **plan, make=make, seed=seed,
+                 parts=parts, amp=device.type == "cuda", config=about, look=look)  # fmt: skip
     if pooling == "attention" and rank() == 0:
         plot_attention(out / f"attention-{stem}.png", ema, teacher, discriminator, eps, y, taps=plan["taps"],
                        decode=source.decode)  # fmt: skip
@@ -354,10 +358,13 @@ def main(argv=None):
     add("--lambda-adv", type=float, help="weight of the adversarial term (default: 0.01, of imagenet 0.003)")
     add("--taps", type=int, nargs="+", help="blocks of the teacher, from 0, that the discriminator reads")
     add("--student-steps", type=int, choices=(1, 2), default=1, help="2: a student of 1 and of 2 calls (default: 1)")
-    add("--ablation", action="store_true", help="all variants and seeds, side by side; then the table of evaluate.py")
+    add("--ablation", action="store_true",
+        help="small images only: each --init with each --pooling for --seeds seeds, side by side; then the table")
     add("--seeds", type=int, default=3, help="of --ablation (default: %(default)s)")
     args = parser.parse_args(argv)
     device = join(args.device)
+    if args.ablation and args.data == "imagenet":
+        raise BadInput("--ablation is not for --data imagenet: train each variant with a --name of its own")
     plan = PRESETS[args.data] | (QUICK[args.data] if args.quick else {})
     given = dict(batch=args.batch, steps=args.steps, lambda_adv=args.lambda_adv, taps=args.taps)
     plan |= {key: value for key, value in given.items() if value is not None}

@@ -373,7 +373,7 @@ def train_classifier(path, draw, shape, classes, steps=400):
         return F.cross_entropy(net(x)[1], y), {}
 
     def one_step(k):
-        return update(net, optimizer, loss_of, lr=learning_rate(k, steps, 3e-3), words=("classifier", k))
+        return update(net, optimizer, loss_of, lr=learning_rate(k, steps, 3e-3), words=(0, "classifier", k))
 
     go_on(path, {"net": net, "optimizer": optimizer}, one_step, steps=steps, config={"shape": shape})
     return net.eval().requires_grad_(False)
@@ -432,7 +432,7 @@ def small_data(config, source, count, seed):
     if config["data"] == "glyphs":
         y, size = torch.arange(REFERENCE_RATIO * count) % 10, source.shape[1]
         other = glyphs(y[:count], rng(seed, "held out"), size)
-        return source.draw, glyphs(y, rng("reference"), size), other, y[:count]
+        return source.draw, glyphs(y, rng(0, "reference"), size), other, y[:count]
     folder = ImageFolder(config["data_dir"], source.shape[1], upright=True)
     if len(folder) < 20:
         raise BadInput(f"{config['data_dir']} has {len(folder)} images: a fifth is compared with, so give at least 20")
@@ -497,7 +497,9 @@ def print_rows(rows):
             line += f"{np.mean(values):.4f}{spread}".rjust(18)
         print(line)
     for pair in (("hd", "hd-no-td"), ("td-dmd", "dmd-no-td"), ("hd", "td-mean"), ("hd", "td-dmd")):
-        for name in columns if min(len(groups.get(what, ())) for what in pair) > 1 else ():
+        if min(len(groups.get(what, ())) for what in pair) < 2:
+            continue  # a spread takes two seeds
+        for name in columns:
             values = [[row[name] for row in groups[what]] for what in pair]
             p = scipy.stats.ttest_ind(*values, equal_var=False).pvalue  # Welch's test
             means = " and ".join(f"{np.mean(seeds):.4f}" for seeds in values)

@@ -12,8 +12,9 @@ arXiv 2505.13447),
 
     u = v - (t - r) du/dt              du/dt = v . grad_x u + d_t u
 
-and it needs only what is known at one point of the path. du/dt is ONE forward-mode product of the student with the
-tangents (v, 0, 1) for (x, r, t). The right side, held fixed, is the target. Two things follow:
+and it needs only what is known at one point of the path. du/dt is ONE forward-mode pass of the student (a product of
+its Jacobian and a vector), with the tangents (v, 0, 1) for (x, r, t). The right side, held fixed, is the target. Two
+things follow:
 
 - At r = t the identity says u = v: flow matching is MeanFlow with r = t.
 - The teacher's v is a function of (x_t, t), while eps - x_0 is a noisy sample of it: distillation has a deterministic
@@ -61,9 +62,9 @@ def draw_times(batch, generator, *, share_spans=0.75, share_to_data=0.3):
     # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447), we draw both uniformly and
     # sort them, so that t has density 2t, in rows with r = t too: a one-step sample starts at t = 1 and ends at r = 0,
     # which logit-normal times all but never reach. And MeanFlow has 25 % of spans on ImageNet, as our preset there.
-    # OURS: share_to_data = 0.3. With it sliced W2 of a TD student was 0.05, without spans at r = 0 it was 0.09, with no
-    # other spans, close to consistency distillation, 0.19 (checkerboard, 3,000 updates, one seed, earlier version).
-    # TRY: share_to_data=1.0, and look at the rows of "TD" in `python toy2d.py --out runs/consistency`
+    # OURS: share_to_data. Sliced W2 of a TD student was 0.05 with 0.3, 0.09 with 0, and 0.19 with 1, which is close to
+    # consistency distillation (checkerboard, 3,000 updates, one seed, earlier version).
+    # TRY: set its default above to 1.0, and look at the rows of "TD" in `python toy2d.py --out runs/consistency`
     r, t = torch.rand(batch, 2, generator=generator, device=generator.device).sort(dim=1).values.unbind(1)
     to_data = torch.rand(batch, generator=generator, device=generator.device) < share_to_data
     r = torch.where(to_data, 0.0, r)
@@ -134,7 +135,7 @@ def generate(net, eps, y=None, steps=1):
     return x
 
 
-sample = torch.no_grad()(generate)
+sample = torch.no_grad()(generate)  # the same without a graph
 
 
 @torch.no_grad()
@@ -180,7 +181,7 @@ def teacher_loss(net, generator, *, draw, null_class=None):
 def student_loss(net, generator, *, draw, teacher, share_spans=0.75, times=(0.0, 1.0)):
     """Stage 1: MeanFlow on the frozen teacher's velocity, guided if the teacher is. draw: as in `teacher_loss`.
 
-    teacher None: MeanFlow from scratch, on eps - x_0 (PRIOR: arXiv 2505.13447). share_spans: of `draw_times`.
+    teacher None: MeanFlow from scratch, on the noisy eps - x_0 (PRIOR: arXiv 2505.13447). share_spans: of `draw_times`.
     times: the first and the last that the student knows; r and t are clamped to them (see models.DiTTeacher).
     """
     x_0, y = draw(generator)
@@ -206,7 +207,7 @@ def learning_rate(step, steps, peak, warmup=100):
 
 
 def update(net, optimizer, loss_of, *, lr, words, parts=1, clip=20.0, amp=False):
-    """Move one network by the mean of loss_of(generator) -> (loss, log) over the parts of a batch. -> log
+    """Move one network by the mean of loss_of(generator) -> (loss, log) over the parts of a batch. -> log of a part
 
     Part k is drawn from rng(*words, k). One process takes the parts in turn, which saves memory; several, started by
     torchrun, take every ranks-th part each. The gradient is the same up to rounding.
@@ -251,10 +252,11 @@ def train(path, net, loss_of, *, steps, lr, seed=0, betas=(0.9, 0.99), ema_decay
         log = update(net, optimizer, partial(loss_of, net), lr=learning_rate(k, steps, lr),
                      words=(seed, path.stem, k), **how)  # fmt: skip
         update_ema(ema, net, k, ema_decay)
-        # --- bookkeeping: data.go_on ---
+        # --- bookkeeping: go_on logs and saves ---
         return log
 
-    config = {**(config or {}), "lr": lr, "seed": seed, "clip": how.get("clip"), "parts": how.get("parts", 1)}
+    config = {**(config or {}), "lr": lr, "betas": betas, "ema_decay": ema_decay, "seed": seed,
+              "clip": how.get("clip"), "parts": how.get("parts", 1)}  # fmt: skip
     go_on(path, {"net": net, "ema": ema, "optimizer": optimizer}, one_step, steps=steps, config=config,
           look=look and partial(look, ema), look_every=look_every)  # fmt: skip
     return ema
@@ -262,8 +264,8 @@ def train(path, net, loss_of, *, steps, lr, seed=0, betas=(0.9, 0.99), ema_decay
 
 # --- The run ---------------------------------------------------------------------------------------------------------
 
-# OURS on glyphs: all of it, from short runs on 2 CPU cores. Stage 1 has no momentum there: a step moves a fault e of
-# the student by -(e + (t - r) de/dt), which turns it. Momentum repeats steps from before the turn: the fault grows.
+# OURS on glyphs: all of it, from short runs on 2 CPU cores. Stage 1 has no momentum there, for with it the student's
+# errors grew: a step changes an error e by -(e + (t - r) de/dt), which turns e, and momentum repeats old steps.
 GLYPHS = dict(batch=64, w=1.0, share_spans=0.75, network=dict(patch_size=4, hidden_size=64, depth=4, num_heads=4),
               teacher_steps=24_000, teacher=dict(lr=3e-3, clip=300.0),
               steps=5000, td=dict(lr=2e-3, betas=(0.0, 0.99), clip=50.0))  # fmt: skip
@@ -346,7 +348,7 @@ def add_flags(parser):
     add("--size", type=int, choices=(16, 32), default=16, help="of glyphs and folder, px (default: %(default)s)")
     add("--out", type=Path, help="run folder (default: runs/<data>)")
     add("--seed", type=int, default=0, help="of data and networks (default: %(default)s)")
-    add("--batch", type=int, help="images in an update (default: 64, of imagenet 256)")
+    add("--batch", type=int, help="images in an update (default: of the preset)")
     add("--w", type=float, help="the teacher's guidance, above 0; 1 is none (default: 1, of imagenet 1.5)")
     add("--teacher", default="SiT-XL/2", help="of imagenet: SiT-XL/2, DiT-XL/2 or a file (default: %(default)s)")
     add("--vae", default="vae-ema", help="of imagenet: vae-ema, vae-mse or a file (default: %(default)s)")
@@ -368,9 +370,9 @@ def settings(data, quick, *, parts, **flags):
     part, rest = divmod(preset["batch"], parts)
     if preset["w"] <= 0:
         raise BadInput(f"--w {preset['w']:g}: guidance is above 0, and 1 is none")
-    if rest or parts % ranks() or int(part * preset["share_spans"]) < 1:
+    if rest or parts % ranks():
         raise BadInput(f"a batch of {preset['batch']} in {parts} parts for {ranks()} processes: all must have the same "
-                       "share, with a row of r < t; change --batch or --parts")  # fmt: skip
+                       "share; change --batch or --parts")  # fmt: skip
     return preset | {"parts": parts, "part": part}
 
 
@@ -382,6 +384,8 @@ def main(argv=None):
     device = join(args.device)
     preset = settings(args.data, args.quick, parts=args.parts, batch=args.batch, w=args.w, steps=args.steps,
                       teacher_steps=args.teacher_steps)  # fmt: skip
+    if int(preset["part"] * preset["share_spans"]) < 1:
+        raise BadInput(f"a part of {preset['part']} rows has none with r < t: give a larger --batch, or fewer --parts")
     out = args.out or Path("runs", args.data + "-quick" * args.quick)
     source, teacher = open_data(args.data, args.data_dir, size=args.size, device=device, teacher=args.teacher,
                                 vae=args.vae, cache=args.cache)  # fmt: skip
@@ -409,7 +413,7 @@ def main(argv=None):
     train(out / "td.pt", student, loss, steps=preset["steps"], **preset["td"], **how, config=about,
           look=partial(look, "td", sample))  # fmt: skip
     if rank() == 0:
-        print(f"In {out}: td.pt, td.csv, grids in samples/. Next: python dmd_refine.py with the same flags")
+        print(f"In {out}: td.pt, td.csv, grids in samples/. Next: dmd_refine.py with the same --data, --out and --w")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,12 @@ The convention (flow matching's linear path; Lipman et al., arXiv 2210.02747; Li
 
 A network with a single time, net(x_t, t=t), is a velocity field v: a teacher, or the fake branch of DMD. A network with
 two_times=True, net(x_t, t=t, r=r), is an average velocity u: a student. At r = t the two mean the same thing. A student
-that starts from its teacher's weights answers at first what the unguided teacher does, whatever r is.
+that starts from its teacher's weights, as on images, answers at first what the unguided teacher does, whatever r is.
+The students of toy2d.py are smaller than their teacher and start at random.
 Times are tensors (B,); networks take them by keyword only, and labels as y=, which the 2D network ignores.
+
+Tags in all files: PAPER, from Cheng et al., arXiv 2511.08930; PRIOR, from earlier work; OURS, our choice, which the
+paper does not state; DIFFERS, departs from a source; TRY, a place to play.
 
 In this file: conversions, forward mode, the 2D network, DiT, wrappers that make any DiT answer in our convention, the
 published samplers, the autoencoder, published weights. For the method, read up to DiT; ImageNet needs the rest.
@@ -50,12 +54,12 @@ def add_noise(x_0, eps, t):
 
 
 def x0_from_velocity(x_t, t, v):
-    """x0_hat = x_t - t v: the mean of the data that a velocity v at (x_t, t) stands for. (B, ...), t (B,)."""
+    """x0_hat = x_t - t v: the mean of x_0 given x_t, if the velocity v there is exact. (B, ...), t (B,)."""
     return x_t - expand_times(t, x_t) * v
 
 
 def eps_from_velocity(x_t, t, v):
-    """eps_hat = x_t + (1 - t) v: the mean of the noise that a velocity v at (x_t, t) stands for. (B, ...), t (B,)."""
+    """eps_hat = x_t + (1 - t) v: the mean of eps given x_t, if the velocity v there is exact. (B, ...), t (B,)."""
     return x_t + (1 - expand_times(t, x_t)) * v
 
 
@@ -87,7 +91,8 @@ def chain(**layers):
 # --- Forward mode ----------------------------------------------------------------------------------------------------
 #
 # du/dt is one pass of dual numbers: every tensor on the way carries its tangent. Torch has a rule for each operation,
-# but three of its rules do more than they need to; the ones below answer the same. A pass with a tangent should cost as
+# but three of its rules (linear layer, softmax, LayerNorm) do more than they need to; `Linear` and `symmetric` below
+# answer the same. A pass with a tangent should cost as
 # much as two without. By these rules it costs 2.4, by torch's own 3.2 (33 M parameters, 256 tokens, one core).
 
 
@@ -116,7 +121,7 @@ def attention(q, k, v):
     forward-mode derivative (NotImplementedError, on the CPU too)."""
     if forward_ad.unpack_dual(q).tangent is None:
         return F.scaled_dot_product_attention(q, k, v)
-    return symmetric(partial(torch.softmax, dim=-1), q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)) @ v
+    return symmetric(partial(torch.softmax, dim=-1), (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)) @ v
 
 
 # --- The 2D network --------------------------------------------------------------------------------------------------
@@ -135,8 +140,8 @@ class VelocityMLP(nn.Module):
     x_t (B, dim); times t and r (B,) in [0, 1]; labels y are ignored. depth: the number of hidden layers.
     Raises ValueError where r is missing, or given to a network that has no place for it.
 
-    With two_times=True the duration t - r gets an embedding of its own, which is zero at t = r and whose weights start
-    at zero: a student that takes its teacher's weights is its teacher at step 0, u(x, r, t) = v(x, t).
+    With two_times=True the span t - r gets an embedding of its own, which is zero at t = r and whose weights start at
+    zero: a student that takes its teacher's weights is its teacher at step 0, u(x, r, t) = v(x, t).
     """
 
     def __init__(self, dim, width, depth, two_times=False):
@@ -151,8 +156,8 @@ class VelocityMLP(nn.Module):
         self.embed_x = Linear(dim * (1 + 2 * len(self.space_frequencies)), width)
         self.embed_t = Linear(time_features, width)
         if two_times:
-            self.embed_duration = Linear(time_features, width, bias=False)
-            nn.init.zeros_(self.embed_duration.weight)
+            self.embed_span = Linear(time_features, width, bias=False)
+            nn.init.zeros_(self.embed_span.weight)
         self.hidden = nn.ModuleList(Linear(width, width) for _ in range(depth))
         self.out = Linear(width, dim)
 
@@ -162,12 +167,12 @@ class VelocityMLP(nn.Module):
             raise ValueError("a network of two times needs r=" if self.two_times else "r= needs a network of two times")
         time = self.embed_t(sinusoids(t[:, None], self.time_frequencies))  # (B, width)
         if self.two_times:
-            # OURS: minus the features of no duration, so that at r = t this part is silent and the network is a
-            # velocity field. Left in, their cosines of 1 act as a second bias: sliced W2 of a TD student 0.20 instead
-            # of 0.08 (by hand, on a prototype: checkerboard, width 64, 3,000 updates at 1e-3, one seed).
-            duration = sinusoids((t - r)[:, None], self.time_frequencies)
+            # OURS: minus the features of no span, so that at r = t this part is silent and the network is a velocity
+            # field. Left in, their cosines of 1 act as a second bias: a student's distance from the data (sliced W2,
+            # see toy2d.py) was 0.20 instead of 0.08 (by hand, width 64, 3,000 updates at 1e-3, one seed).
+            span = sinusoids((t - r)[:, None], self.time_frequencies)
             none = sinusoids(torch.zeros_like(t)[:, None], self.time_frequencies)
-            time = time + self.embed_duration(duration - none)
+            time = time + self.embed_span(span - none)
         hidden = [self.embed_x(sinusoids(x_t, self.space_frequencies)) + time]  # (B, width)
         for layer in self.hidden:
             hidden.append(hidden[-1] + F.gelu(layer(hidden[-1]) + time))
@@ -190,7 +195,7 @@ class VelocityMLP(nn.Module):
 #   c = embed(t) + embed(y)   (B, D)                        each block and the final layer read c
 #
 # What is special is how a block hears of the time and the class. LayerNorm has no gain and bias of its own; a linear
-# layer computes them from c, and one gate more for each branch ("adaLN"). That layer starts at zero ("-Zero"), so every
+# layer computes shift, scale and a gate for each branch from c ("adaLN"). That layer starts at zero ("-Zero"), so every
 # gate is 0 and every block starts as the identity.
 #
 # The names of the parameters are the published checkpoints', so those load key for key. That is why a lone layer
@@ -450,7 +455,7 @@ class Velocity(nn.Module):
 
 
 class SiTTeacher(Velocity):
-    """A SiT (arXiv 2401.08740) in our convention. Its clock runs the other way:
+    """A SiT (arXiv 2401.08740), a teacher or its student, in our convention. Its clock runs the other way:
 
         SiT    x = t x_0 + (1 - t) eps      v_SiT = x_0 - eps      t = 0 noise, t = 1 data
         here   x = (1 - t) x_0 + t eps      v     = eps - x_0      t = 0 data,  t = 1 noise

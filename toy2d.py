@@ -135,18 +135,18 @@ def measure(x, data, x_teacher):
 
 
 def keep(run, seed, name, net, n, sampler=sample):
-    """Measure a network after n updates, if n is in MARKS or LAST. -> its measures, kept with samples for `kept`"""
+    """Measure a network after n updates, if n is in MARKS or LAST. -> its measures, kept with samples for `load_kept`"""
     if n not in (*MARKS, LAST):
         return None
     eps, _ = yardstick(run["data"], run["samples"])
     x = torch.cat([sampler(net, block) for block in eps.split(4096)])  # blocks that fit into a CPU's cache
-    measures = measure(x, run["data"], x if name == "teacher" else kept(run, seed, "teacher")["x"])
+    measures = measure(x, run["data"], x if name == "teacher" else load_kept(run, seed, "teacher")["x"])
     x = x if name == "teacher" else x[:POINTS].clone()
     save(run["out"] / f"seed{seed}-{name}" / f"{n:05d}.pt", {"x": x, **measures})
     return measures
 
 
-def kept(run, seed, name, n=LAST):
+def load_kept(run, seed, name, n=LAST):
     """What was kept of a training after n updates, or the last before: samples "x", and their measures by name."""
     there = sorted((run["out"] / f"seed{seed}-{name}").glob("*.pt"))
     return load([path for path in there if int(path.stem) <= n][-1], "run toy2d.py again")
@@ -162,7 +162,7 @@ def result(run, seed, name, what, net, updates, sampler=sample, nfe=1):
 # --- The trainings: each is a job for one process, and leaves one file -----------------------------------------------
 
 
-def taught(run, seed):
+def teacher_of(run, seed):
     """The frozen teacher of a seed, trained here or found in its file."""
     net = new_network(seed, "teacher", lambda: VelocityMLP(2, TEACHER_WIDTH, DEPTH))
     loss = partial(teacher_loss, draw=partial(draw, run["data"], 1024))
@@ -172,7 +172,7 @@ def taught(run, seed):
 
 def teach(run, seed):
     """Job: the teacher of a seed. -> its row"""
-    return result(run, seed, "teacher", "teacher", taught(run, seed), run["teacher_steps"],
+    return result(run, seed, "teacher", "teacher", teacher_of(run, seed), run["teacher_steps"],
                   partial(sample_ode, steps=run["ode_steps"]), nfe=2 * run["ode_steps"])  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def td_rate(width):
 def distil(run, job):
     """Job: a student by TD. -> its row"""
     seed, name, what, width, updates = job
-    loss = partial(student_loss, draw=partial(draw, run["data"], 512), teacher=taught(run, seed))
+    loss = partial(student_loss, draw=partial(draw, run["data"], 512), teacher=teacher_of(run, seed))
     net = train(run["out"] / f"seed{seed}-{name}.pt", student(seed, width), loss, steps=updates, lr=td_rate(width),
                 seed=seed, config={"data": run["data"]}, look=partial(keep, run, seed, name),
                 look_every=25)  # fmt: skip
@@ -199,7 +199,7 @@ def distil(run, job):
 def refined(run, job):
     """Job: a student by stage 2, from TD, from random weights or from far off. -> its row"""
     seed, name, what, start, pooling, updates = job
-    net, teacher, discriminator = student(seed, HD_WIDTH), taught(run, seed), None
+    net, teacher, discriminator = student(seed, HD_WIDTH), teacher_of(run, seed), None
     if start == "td":
         net.load_state_dict(load(run["out"] / f"seed{seed}-td-start.pt", "run toy2d.py again")["ema"])
     if start == "far":
@@ -248,7 +248,7 @@ def story(run, seeds):
     plot_curves(out / "bottleneck.png", rows, "parameters", ["replay_error", "sliced_w2", "share_inside"],
                 ["TD", "TD, longer", "HD: TD + DMD + AWD", "teacher"],
                 "The bottleneck: students of one call against their size. Their teacher makes many calls")  # fmt: skip
-    marks = [row | {"name": (row["name"], n), "updates": n} | kept(run, row["seed"], row["name"], n)
+    marks = [row | {"name": (row["name"], n), "updates": n} | load_kept(run, row["seed"], row["name"], n)
              for row in rows if row["name"] in ("td-dmd", "dmd-half", "dmd-far")
              for n in MARKS if n <= second]  # fmt: skip
     plot_curves(out / "start.png", marks + [row for row in rows if row["name"] == "dmd"], "updates",
@@ -320,7 +320,7 @@ def take_road(run, job):
     # Progressive distillation takes six rounds, from 64 Euler steps of the teacher to one: each student starts as the
     # one before it, which is now its teacher, and learns to step 2 h as that one steps h twice.
     rounds = [None] if road == "consistency" else [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
-    teacher, net = taught(run, seed), student(seed, width, two_times=False)
+    teacher, net = teacher_of(run, seed), student(seed, width, two_times=False)
     for k, h in enumerate(rounds):
         teacher = train(run["out"] / f"seed{seed}-{name}-{k}.pt", net, loss_of, steps=updates // len(rounds),
                         lr=td_rate(width), seed=seed, config={"data": run["data"]})  # fmt: skip
@@ -392,7 +392,7 @@ def plot_curves(path, rows, x, measures, whats, title):
 
 
 def scatter(axis, one, colours, title):
-    """Samples that were `kept`, as many as there are colours, and the share of all that lies inside the support."""
+    """Samples that were `load_kept`, as many as there are colours, and the share of all that lies inside the support."""
     axis.clear()
     axis.scatter(*one["x"][: len(colours)].T, c=colours, s=1.5, lw=0)
     axis.set(title=title, xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal", xticks=[], yticks=[])
@@ -408,7 +408,7 @@ def plot_story(path, run, rows, colours):
     of_name = {row["name"]: row for row in rows if row["seed"] == 0}
     for axis, name in zip(axes.flat[1:], names):
         title = "{what}\nwidth {width}, calls: {nfe}".format(**of_name[name])
-        scatter(axis, kept(run, 0, name), colours, title)
+        scatter(axis, load_kept(run, 0, name), colours, title)
     figure.suptitle("One colour is one noise point in all panels: it shows how high that point lay in the noise")
     figure.savefig(path)
 
@@ -421,8 +421,8 @@ def animate(path, run, colours):
     writer = PillowWriter(fps=6)
     with writer.saving(figure, path, dpi=64):
         for name, title, n, total in frames:
-            scatter(axes[0], kept(run, 0, name, n), colours, f"{title}, update {total}")
-            scatter(axes[1], kept(run, 0, "dmd-awd", total), colours, f"no TD: DMD + AWD, update {total}")
+            scatter(axes[0], load_kept(run, 0, name, n), colours, f"{title}, update {total}")
+            scatter(axes[1], load_kept(run, 0, "dmd-awd", total), colours, f"no TD: DMD + AWD, update {total}")
             writer.grab_frame()
 
 

@@ -185,19 +185,18 @@ def test_times(m=dmd_refine):
 def test_two_calls(m=dmd_refine):
     """Three rows of four by the formula of one call, the others by that of two, with the gradients of both calls."""
     net = seeded(lambda: VelocityMLP(2, 8, 2, two_times=True)).double()
-    nn.init.normal_(net.embed_duration.weight, std=0.3, generator=rng(0, "duration"))
+    nn.init.normal_(net.embed_span.weight, std=0.3, generator=rng(0, "duration"))
     eps, y = torch.randn(8, 2, generator=rng(0, "eps"), dtype=torch.float64), torch.arange(8)
     zero, half, one = (torch.full((8,), t, dtype=torch.float64) for t in (0, 0.5, 1))
     first = eps[:6] - net(eps[:6], t=one[:6], r=zero[:6])
     x_half = eps[6:] - net(eps[6:], t=one[6:], r=half[6:]) / 2  # x_1/2 = eps - u(eps, 1/2, 1) / 2
     expected = torch.cat([first, x_half - net(x_half, t=half[6:], r=zero[6:]) / 2])
-    x_gen = m.generate_by_calls(net, eps, y, 2)
+    x_gen = m.generate_by_calls(net, eps, y)
     torch.testing.assert_close(x_gen, expected)
     for ours, theirs in zip(*(torch.autograd.grad(x.square().sum(), net.parameters()) for x in (x_gen, expected))):
         torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(m.generate_by_calls(net, eps[:6], None, 1), first)
     jump = lambda x, *, t, r, y: y[:, None].expand_as(x)  # noqa: E731  whatever the steps, x_0 = eps - y
-    torch.testing.assert_close(m.generate_by_calls(jump, eps, y, 2), eps - y[:, None])
+    torch.testing.assert_close(m.generate_by_calls(jump, eps, y), eps - y[:, None])
 
 
 def test_fake_by_calls(m=dmd_refine):
@@ -208,7 +207,7 @@ def test_fake_by_calls(m=dmd_refine):
     branch, before = m.FakeByCalls(copy.deepcopy(fake)), fake.net.y_embedder.embedding_table.weight.repeat(2, 1)
     torch.testing.assert_close(branch(x_t, t=t, y=y), fake(x_t, t=t, y=y))
     branch.fake.net.register_forward_pre_hook(lambda net, args, kwargs: asked.append(kwargs["y"]), with_kwargs=True)
-    refined(m, (student, teacher, branch, None, lambda generator: (x_t, y)), steps=2, student_steps=2)
+    refined(m, (student, teacher, branch, None, lambda generator: (x_t, y)), steps=2, make=m.generate_by_calls)
     assert len(asked) == 6 and all(torch.equal(labels, told) for labels in asked)  # 2 updates of its own and 1 question
     moved = (branch.fake.net.y_embedder.embedding_table.weight != before).any(dim=1)
     assert moved.tolist() == [True, True, True, False, True, True, False, False]

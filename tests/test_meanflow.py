@@ -51,7 +51,7 @@ def noise(n=64, dim=3):
 def network(dim=3):
     """A student in float64 whose second time has an effect."""
     net = seeded(lambda: VelocityMLP(dim, 16, 2, two_times=True)).double()
-    nn.init.normal_(net.embed_duration.weight, std=0.1, generator=rng(0, "duration"))
+    nn.init.normal_(net.embed_span.weight, std=0.1, generator=rng(0, "duration"))
     return net
 
 

@@ -315,10 +315,10 @@ def test_a_file_that_holds_no_weights_gives_one_sentence(what, content, tmp_path
 
 BROKEN = [
     (partial(test_student, "DiT"), "self.span_embedder(span) - self.", "self.span_embedder(span) - 0 * self."),
-    (partial(test_student, "VelocityMLP"), "self.embed_duration(duration - none)", "self.embed_duration(duration)"),
+    (partial(test_student, "VelocityMLP"), "self.embed_span(span - none)", "self.embed_span(span)"),
     (test_forward_rules, "F.linear(dx, self.weight))", "F.linear(dx, self.weight, self.bias))"),
     (test_forward_rules, "*backward(dx))", "*backward(x))"),
-    (test_forward_rules, "q * q.shape[-1] ** -0.5 @", "q @"),
+    (test_forward_rules, "(q * q.shape[-1] ** -0.5) @", "q @"),
     (test_both_times, "None if r is None else 1 - r", "r"),
     (test_both_times, "return -answer", "return answer"),
     (partial(test_guidance, "Velocity"), "null + w * (cond - null)", "cond + w * (cond - null)"),

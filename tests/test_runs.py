@@ -249,7 +249,7 @@ BAD = {  # script, flags, what is done to the run folder before, what the senten
     "no teacher": (REFINE, ["--out", "empty"], None, ["teacher.pt is not there", "run meanflow_td.py"]),
     "no td": (REFINE, ["--out", "run"], lambda run: (run / "td.pt").unlink(), ["td.pt is not there", "meanflow_td.py"]),
     "unfinished": (REFINE, ["--out", "run"], lambda run: unfinished(run / "td.pt"), ["holds 1 of 3", "same command"]),
-    "another td": (REFINE, ["--out", "run", "--w", "2"], None, ["at w = 1.0, not 2.0", "the same --w"]),
+    "another td": (REFINE, ["--out", "run", "--w", "2"], None, ["w = 1.0, not 2.0", "the same flags"]),
     "taps": (REFINE, ["--out", "run", "--taps", "0", "9"], None, ["--taps 9", "blocks 0 to 1"]),
     "negative tap": (REFINE, ["--out", "run", "--taps", "-1"], None, ["--taps -1", "blocks 0 to 1"]),
     "td as teacher": (REFINE, ["--out", "run"], lambda run: shutil.copy(run / "td.pt", run / "teacher.pt"),
