@@ -275,7 +275,7 @@ def plot_attention(path, student, teacher, discriminator, eps, y, *, taps, decod
 # --- The run ---------------------------------------------------------------------------------------------------------
 
 # OURS: found on glyphs.
-GLYPHS = dict(batch=32, steps=4000, taps=(1, 3), lambda_adv=0.01, lr=1e-3, lr_fake=1e-3, lr_discriminator=5e-3,
+GLYPHS = dict(batch=32, steps=3000, taps=(1, 3), lambda_adv=0.01, lr=1e-3, lr_fake=1e-3, lr_discriminator=5e-3,
               fake_updates=2, clip=10.0)  # fmt: skip
 # PRIOR: lr, lr_fake, fake_updates, clip and lambda_adv are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official
 # code); the batch is close to its 280. OURS: steps, lr_discriminator, and the taps: four blocks, evenly spread over the

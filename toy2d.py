@@ -41,13 +41,14 @@ from meanflow_td import (flow_matching_loss, meanflow_target, new_network, sampl
                          student_loss, teacher_loss, train)  # fmt: skip
 from models import VelocityMLP, add_noise, expand_times
 
-DEPTH, TEACHER_WIDTH, TAPS = 3, 128, (0, 1, 2)  # hidden layers of all networks; those that the discriminator reads
+DEPTH, TEACHER_WIDTH, TAPS = 3, 96, (0, 1, 2)  # hidden layers of all networks; those that the discriminator reads
 HD_WIDTH, WIDTHS = 48, (168, 88, 48, 30, 18)  # of students: 92,570 to 1,820 parameters; HD has 9,170
 POINTS, SHOWN = 5000, 2000  # samples in a picture, and in the moving one
-MARKS = (25, 50, 100, 200, 400, 800, 1600, *range(2000, 6001, 400))  # updates after which pictures look
+MARKS = (25, 50, 100, 200, 400, 800, 1600, 1900, *range(2200, 3801, 400))  # updates after which pictures look
+WATCHED = ("td-start", "hd", "dmd-awd", "td-dmd", "dmd-half", "dmd-far")  # those trainings that pictures look at then
 LAST = 99_999  # stands for the end of a training, however many updates it has
-DEFAULT = dict(teacher_steps=6000, td_steps=3000, refine_steps=3000, samples=50_000, ode_steps=32, longer=(4, 2))
-QUICK = dict(teacher_steps=200, td_steps=100, refine_steps=100, samples=2000, ode_steps=8, longer=(2,))
+DEFAULT = dict(teacher_steps=6000, td_steps=1900, refine_steps=1900, samples=50_000, ode_steps=32, longer=4)
+QUICK = dict(teacher_steps=200, td_steps=100, refine_steps=100, samples=2000, ode_steps=8, longer=4)
 
 # --- Densities: points in the plane, and which part of the support a point lies in, -1 outside ------------------------
 
@@ -101,7 +102,7 @@ def draw(data, batch, generator):
 # --- How good is a sample? -------------------------------------------------------------------------------------------
 
 
-def sorted_projections(x, count=256):
+def sorted_projections(x, count=128):
     """The points x (n, 2) projected onto `count` fixed directions, each row sorted: (count, n)."""
     angle = math.pi * (torch.arange(count) + 0.5) / count  # half a circle: the opposite gives the same distance
     return (torch.stack([angle.cos(), angle.sin()], dim=1) @ x.T).sort(dim=1).values
@@ -135,7 +136,7 @@ def measure(x, data, x_teacher):
 
 
 def keep(run, seed, name, net, n, sampler=sample):
-    """Measure a network after n updates, if n is in MARKS or LAST. -> its measures, kept with samples for `load_kept`"""
+    """Measure a network after n updates, if n is in MARKS or LAST, and keep that for `load_kept`. -> its measures"""
     if n not in (*MARKS, LAST):
         return None
     eps, _ = yardstick(run["data"], run["samples"])
@@ -189,10 +190,10 @@ def td_rate(width):
 def distil(run, job):
     """Job: a student by TD. -> its row"""
     seed, name, what, width, updates = job
-    loss = partial(student_loss, draw=partial(draw, run["data"], 512), teacher=teacher_of(run, seed))
+    loss = partial(student_loss, draw=partial(draw, run["data"], 256), teacher=teacher_of(run, seed))
+    look = partial(keep, run, seed, name) if name in WATCHED else None
     net = train(run["out"] / f"seed{seed}-{name}.pt", student(seed, width), loss, steps=updates, lr=td_rate(width),
-                seed=seed, config={"data": run["data"]}, look=partial(keep, run, seed, name),
-                look_every=25)  # fmt: skip
+                seed=seed, config={"data": run["data"]}, look=look, look_every=25)  # fmt: skip
     return result(run, seed, name, what, net, updates)
 
 
@@ -212,7 +213,7 @@ def refined(run, job):
                  copy.deepcopy(teacher),  # PAPER: the fake branch starts as the teacher
                  discriminator, partial(draw, run["data"], 512), steps=updates, seed=seed, taps=TAPS,
                  config={"data": run["data"], "start": start, "pooling": pooling},
-                 look=partial(keep, run, seed, name), look_every=25)  # fmt: skip
+                 look=partial(keep, run, seed, name) if name in WATCHED else None, look_every=25)  # fmt: skip
     return result(run, seed, name, what, net, updates + (start == "td") * run["td_steps"])
 
 
@@ -229,7 +230,7 @@ def story(run, seeds):
     rows = in_processes(partial(teach, run), seeds)
 
     # how much of the largest student's gap is a matter of training: of seed 0 only
-    jobs = [(0, f"td-x{n}", "TD, longer", WIDTHS[0], n * (first + second)) for n in run["longer"]]
+    jobs = [(0, f"td-x{run['longer']}", "TD, longer", WIDTHS[0], run["longer"] * (first + second))]
     for seed in seeds:
         jobs += [(seed, f"td-{width}", "TD", width, first + second) for width in WIDTHS]
         jobs += [(seed, "td-start", "TD, first half only", HD_WIDTH, first)]
@@ -304,9 +305,9 @@ def take_road(run, job):
     if road == "MeanFlow":
         return distil(run, (seed, f"td-{width}", road, width, updates))
 
-    def loss_of(net, generator):
-        x_0, _ = draw(run["data"], 512, generator)
-        eps, t = torch.randn(x_0.shape, generator=generator), torch.rand(512, generator=generator).clamp_min(1e-3)
+    def loss_of(net, generator):  # of the present round: `teacher` and `h` change below
+        x_0, _ = draw(run["data"], 256, generator)
+        eps, t = torch.randn(x_0.shape, generator=generator), torch.rand(256, generator=generator).clamp_min(1e-3)
         if road == "consistency":
             x_t = add_noise(x_0, eps, t)
             loss, err = consistency_loss(net, x_t, teacher(x_t, t=t), t=t)
@@ -344,7 +345,7 @@ LABELS = {"share_inside": "share of samples inside the support", "sliced_w2": "s
           "replay_error": "replay error\n(squared distance to the teacher's sample)"}  # fmt: skip
 STYLES = {  # of a curve, by the "what" of its rows
     "teacher": dict(color="black", ls="--"), "TD": dict(color=BLUE, marker="o"),
-    "TD, longer": dict(color=BLUE, marker="o", mfc="white", ls="none", label="TD, 2 and 4 times the updates"),
+    "TD, longer": dict(color=BLUE, marker="o", mfc="white", ls="none", label="TD, 4 times the updates"),
     "HD: TD + DMD + AWD": dict(color=ORANGE, marker="*", ms=16),
     "TD + DMD": dict(color=ORANGE, marker="o"), "DMD, from far off": dict(color=GREEN, marker="o"),
     "DMD, no TD, stage 2 alone": dict(color=BLUE, marker="o", label="DMD, no TD"),
@@ -365,13 +366,14 @@ def over_seeds(rows, key):
 def report(path, rows):
     """Write the rows, and print a line for each name, with mean and spread over the seeds."""
     write_json(path, rows)
-    print(f"{'':54} {'parameters':>10} {'calls':>5}  {'inside':<18}{'sliced W2':<18}{'replay error':<18}parts, %")
+    print(f"{'':54} {'parameters':>10} {'calls':>5}  {'inside':<18}{'sliced W2':<18}{'replay error':<18}least, most %")
     keys = *LABELS, "smallest_part", "largest_part"
-    for *cells, (_, low, _), (row, high, _) in zip(*(over_seeds(rows, key) for key in keys)):
+    for cells in zip(*(over_seeds(rows, key) for key in keys)):
+        row, (low, high) = cells[0][0], (100 * mean for _, mean, _ in cells[3:])
         what = f"{row['what']}, width {row['width']}, {row['updates']} updates"
-        texts = [f"{mean:.4f} +- {std:.4f}" if std else f"{mean:.4f}" for _, mean, std in cells]
+        texts = [f"{mean:.4f} +- {std:.4f}" if std else f"{mean:.4f}" for _, mean, std in cells[:3]]
         print(f"{what:54} {row['parameters']:>10} {row['nfe']:>5}  {''.join(f'{text:<18}' for text in texts)}"
-              f"{100 * low:.1f} to {100 * high:.1f}")  # fmt: skip
+              f"{low:.1f} to {high:.1f}")  # fmt: skip
 
 
 def plot_curves(path, rows, x, measures, whats, title):
@@ -392,7 +394,7 @@ def plot_curves(path, rows, x, measures, whats, title):
 
 
 def scatter(axis, one, colours, title):
-    """Samples that were `load_kept`, as many as there are colours, and the share of all that lies inside the support."""
+    """Samples of `load_kept`, as many as there are colours, and the share of all that lies inside the support."""
     axis.clear()
     axis.scatter(*one["x"][: len(colours)].T, c=colours, s=1.5, lw=0)
     axis.set(title=title, xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal", xticks=[], yticks=[])
@@ -430,7 +432,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", choices=DENSITIES, default="checkerboard", help="2D density (default: %(default)s)")
-    add("--seeds", type=int, default=1, help="how many seeds to run (default: %(default)s)")
+    add("--seeds", type=int, default=1, choices=range(1, 11), metavar="N", help="1 to 10 seeds (default: %(default)s)")
     add("--out", type=Path, help="run folder (default: runs/toy2d, and for other data runs/toy2d-...)")
     add("--quick", action="store_true", help="everything, small: to see that it works, not how well")
     add("--unify", action="store_true", help="not the story, but three distillation methods side by side")

@@ -313,7 +313,23 @@ def test_a_file_that_holds_no_weights_gives_one_sentence(what, content, tmp_path
     assert what in str(error.value) and "\n" not in str(error.value) and not capsys.readouterr().out
 
 
+def test_conversions(m=models):
+    """Of an exact velocity: x0_hat and eps_hat make x_t and v, and the score is the gradient of log p_t."""
+    mixture = GaussianMixture([[1.0, 0.5], [-1.0, 0.0]], 0.4)
+    x_t = torch.randn(50, 2, generator=rng(0, "x"), dtype=torch.float64).requires_grad_()
+    t = torch.linspace(0.05, 0.95, 50, dtype=torch.float64)
+    v = mixture.velocity(x_t, t=t).detach()
+    x0_hat, eps_hat = m.x0_from_velocity(x_t, t, v), m.eps_from_velocity(x_t, t, v)
+    torch.testing.assert_close(m.add_noise(x0_hat, eps_hat, t), x_t)
+    torch.testing.assert_close(eps_hat - x0_hat, v)
+    off, s2, logits = mixture.conditioning(x_t, t)
+    (score,) = torch.autograd.grad(torch.logsumexp(logits, dim=1).sum(), x_t)
+    torch.testing.assert_close(m.score_from_velocity(x_t, t, v).detach(), score)
+
+
 BROKEN = [
+    (test_conversions, "return -eps_from_velocity", "return eps_from_velocity"),
+    (test_conversions, "return x_t - expand_times(t, x_t) * v", "return x_t + expand_times(t, x_t) * v"),
     (partial(test_student, "DiT"), "self.span_embedder(span) - self.", "self.span_embedder(span) - 0 * self."),
     (partial(test_student, "VelocityMLP"), "self.embed_span(span - none)", "self.embed_span(span)"),
     (test_forward_rules, "F.linear(dx, self.weight))", "F.linear(dx, self.weight, self.bias))"),
