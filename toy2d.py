@@ -48,7 +48,7 @@ MARKS = (25, 50, 100, 200, 400, 800, 1600, 1900, *range(2200, 3801, 400))  # upd
 WATCHED = ("td-start", "hd", "dmd-awd", "td-dmd", "dmd-half", "dmd-far")  # those trainings that pictures look at then
 LAST = 99_999  # stands for the end of a training, however many updates it has
 DEFAULT = dict(teacher_steps=6000, td_steps=1900, refine_steps=1900, samples=50_000, ode_steps=32, longer=4)
-QUICK = dict(teacher_steps=200, td_steps=100, refine_steps=100, samples=2000, ode_steps=8, longer=4)
+QUICK = dict(teacher_steps=150, td_steps=80, refine_steps=80, samples=2000, ode_steps=8, longer=4)
 
 # --- Densities: points in the plane, and which part of the support a point lies in, -1 outside ------------------------
 
