@@ -28,7 +28,7 @@ Three players, each update moves one of them:
 
 A run adds to the folder of stage 1: <name>-seed<seed>.pt, its csv, grids in samples/, attention-<name>-seed<seed>.png.
 The paper does not state: learning rates, update ratio, lambda_adv, times of the adversarial term. OURS: the
-defaults of `refine`, found on the 2D toy, and PRESETS, found on glyphs.
+defaults of `refine`, found on the 2D toy, and PRESETS.
 """
 
 import argparse
@@ -274,7 +274,7 @@ def plot_attention(path, student, teacher, discriminator, eps, y, *, taps, decod
 
 # --- The run ---------------------------------------------------------------------------------------------------------
 
-# OURS: found on glyphs.
+# OURS: from runs of earlier versions on glyphs, and not measured to its end since.
 GLYPHS = dict(batch=32, steps=3000, taps=(1, 3), lambda_adv=0.01, lr=1e-3, lr_fake=1e-3, lr_discriminator=5e-3,
               fake_updates=2, clip=10.0)  # fmt: skip
 # PRIOR: lr, lr_fake, fake_updates, clip and lambda_adv are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official

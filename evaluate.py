@@ -17,7 +17,7 @@ rules. Small images would have to be blown up to 299 px; a classifier trained he
     python evaluate.py --images runs/samples --save-npz samples.npz              # for ADM's own evaluator
     python evaluate.py --flops                                                   # what one image costs
 
-One core of an AMD EPYC: 14.7 images/s, an hour for 50,000. On a GPU it was not timed.
+One core of an AMD EPYC: 14.7 images/s, an hour for 50,000 (an earlier version). On a GPU it was not timed.
 OURS: the paper (arXiv 2511.08930) does not name its evaluator. This is ADM's protocol (arXiv 2105.05233), which DiT and
 SiT used: 50,000 samples with random labels against statistics of the whole training set.
 """

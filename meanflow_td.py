@@ -264,8 +264,9 @@ def train(path, net, loss_of, *, steps, lr, seed=0, betas=(0.9, 0.99), ema_decay
 
 # --- The run ---------------------------------------------------------------------------------------------------------
 
-# OURS on glyphs: all of it, from short runs on 2 CPU cores. Stage 1 has no momentum there, for with it the student's
-# errors grew: a step changes an error e by -(e + (t - r) de/dt), which turns e, and momentum repeats old steps.
+# OURS on glyphs: all of it, from runs of earlier versions, and not measured to its end since. Stage 1 has no momentum
+# there, for with it the student's errors grew: a step changes an error e by -(e + (t - r) de/dt), which turns e, and
+# momentum repeats old steps.
 GLYPHS = dict(batch=64, w=1.0, share_spans=0.75, network=dict(patch_size=4, hidden_size=64, depth=4, num_heads=4),
               teacher_steps=16_000, teacher=dict(lr=3e-3, clip=300.0),
               steps=3000, td=dict(lr=2e-3, betas=(0.0, 0.99), clip=50.0))  # fmt: skip

@@ -183,7 +183,7 @@ def student(seed, width, two_times=True):
 
 
 def td_rate(width):
-    """Adam's peak learning rate for a TD student. PRIOR: 1/width (Yang et al., arXiv 2203.03466). OURS: the number."""
+    """Adam's peak rate for a TD student. PRIOR: 1/width (Yang et al., arXiv 2203.03466). OURS: the number, untuned."""
     return min(5e-3, 0.24 / width)
 
 
