@@ -46,9 +46,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
-from data import BadInput, go_on, join, new_figure, rank, save_grid, to_uint8
+from data import BadInput, go_on, join, new_figure, progress, rank, rng, save, save_grid, to_uint8
 from meanflow_td import (add_flags, describe, flow_matching_loss, generate, grid_noise, learning_rate, load_net,
-                         new_network, open_data, settings, update, update_ema)  # fmt: skip
+                         new_network, open_data, sample, settings, update, update_ema)  # fmt: skip
 from models import add_noise, autocast_off, expand_times, student_from_teacher, x0_from_velocity
 
 # --- The losses ------------------------------------------------------------------------------------------------------
@@ -102,10 +102,10 @@ def fake_loss(fake, x_gen, y, generator):
     return flow_matching_loss(fake, x_t, noise - x_gen, t=t, y=y)[0], {}
 
 
-def discriminator_loss(discriminator, teacher, x_data, x_gen, y, generator, *, taps):
+def discriminator_loss(discriminator, teacher, x_data, x_gen, y, generator, *, taps, times=T_ADV):
     """The hinge loss on the frozen teacher's features of noised data and noised samples, both of labels y or None."""
     with torch.no_grad():
-        x_t, _, t = noised(torch.cat([x_data, x_gen]), generator, T_ADV)
+        x_t, _, t = noised(torch.cat([x_data, x_gen]), generator, times)
         features = teacher.features(x_t, t=t, y=None if y is None else torch.cat([y, y]), taps=taps)
     with autocast_off(x_t):  # small, and bf16 would spoil its spectral norms
         logit_data, logit_gen = discriminator(features).chunk(2)
@@ -117,15 +117,26 @@ def discriminator_loss(discriminator, teacher, x_data, x_gen, y, generator, *, t
 def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_adv, taps):
     """L_G = L_DMD + lambda_adv L_adv for samples x_gen (B, ...) with their graph. discriminator None: L_DMD alone.
 
-    Logs the mean norm of DMD's `grad` over the samples, and the mean and spread of x_gen.
+    Logs the mean norm of DMD's `grad` over the samples, the mean and spread of x_gen, and pull_dmd and pull_adv, how
+    hard each term pulls at x_gen: the norms of their gradients on it. lambda_adv is chosen by the ratio of the two.
     """
     x_t, _, t = noised(x_gen, generator, T_DMD)
     with torch.no_grad():
         v_real, v_fake = teacher(x_t, t=t, y=y), fake(x_t, t=t, y=y)
         grad = dmd_gradient(x_gen, x_t, t=t, v_real=v_real, v_fake=v_fake)
-    loss, log = dmd_loss(x_gen, grad), {"grad_dmd": grad.flatten(1).norm(dim=1).mean()}
+    log = {"grad_dmd": grad.flatten(1).norm(dim=1).mean()}
+
+    def pulled(name):  # x_gen for one term; the term's gradient on it is known, and logged, after we have returned
+        def note(g):
+            log[name].copy_(g.norm())
+
+        log[name], x = x_gen.new_zeros(()), x_gen.view_as(x_gen)
+        x.register_hook(note)
+        return x
+
+    loss = dmd_loss(pulled("pull_dmd"), grad)
     if discriminator is not None:
-        x_t, _, t = noised(x_gen, generator, T_ADV)
+        x_t, _, t = noised(pulled("pull_adv"), generator, T_ADV)
         features = teacher.features(x_t, t=t, y=y, taps=taps)
         with autocast_off(x_gen):
             loss = loss + lambda_adv * generator_hinge(discriminator(features))
@@ -285,14 +296,15 @@ IMAGENET = dict(batch=256, steps=50_000, taps=(6, 13, 20, 27), lambda_adv=3e-3, 
 PRESETS = {"glyphs": GLYPHS, "folder": GLYPHS, "imagenet": IMAGENET}
 QUICK = {"glyphs": dict(steps=20, taps=(0, 1)), "folder": dict(steps=20, taps=(0, 1)),
          "imagenet": dict(batch=4, steps=3, taps=(0, 1), fake_updates=2)}  # fmt: skip
+BUDGETS = 250, 500, 1000, 2000, 4000  # updates after which a student is kept, for the curves of evaluate.py
 VARIANTS = {  # of --ablation: where the student starts, and how the discriminator pools
     "hd": ("td", "attention"), "td-mean": ("td", "mean"), "td-dmd": ("td", "none"),
     "hd-no-td": ("teacher", "attention"), "mean-no-td": ("teacher", "mean"),
     "dmd-no-td": ("teacher", "none")}  # fmt: skip
 
 
-def refine_images(out, name, seed, init, pooling, *, where, stage_1, plan, student_steps, passes, device):
-    """Stage 2 on images: out/<name>-seed<seed>.pt, from the files of stage 1 in `out`.
+def refine_images(out, name, seed, init, pooling, *, where, stage_1, plan, student_steps, passes, device, probing=None):
+    """Stage 2 on images: out/<name>-seed<seed>.pt, from the files of stage 1 in `out`. probing: only `probe`, by these.
 
     init: "td", or "teacher" for a student without stage 1. pooling: "attention", "mean" or "none". where: of
     `open_data`. stage_1, plan: PRESETS of the two stages. passes: (checkpointing, compiling).
@@ -316,16 +328,21 @@ def refine_images(out, name, seed, init, pooling, *, where, stage_1, plan, stude
     plan = dict(plan)
     if absent := [tap for tap in plan["taps"] if not 0 <= tap < len(teacher.net.blocks)]:
         raise BadInput(f"--taps {absent[0]}: the teacher has blocks 0 to {len(teacher.net.blocks) - 1}")
-    discriminator = None
-    if pooling != "none":
+    def build(pooling):
         dims = [teacher.net.config["hidden_size"]] * len(plan["taps"])
-        build = partial(AdaptiveWeightedDiscriminator, dims, pooling)
-        discriminator = new_network(seed, "discriminator", build).to(device)
+        return new_network(seed, "discriminator", partial(AdaptiveWeightedDiscriminator, dims, pooling)).to(device)
+
+    if probing:
+        return probe(out / "probe.png", source.draw, student, teacher, build, taps=plan["taps"], **probing)
+    discriminator = None if pooling == "none" else build(pooling)
     eps, y = grid_noise(source, device)
     stem = f"{name}-seed{seed}"
 
     @torch.no_grad()
     def look(ema, n):
+        if n in BUDGETS and n < plan["steps"]:
+            as_finished = about | {"seed": seed, "steps": n}
+            save(out / "budgets" / f"{stem}-{n:06d}.pt", {"ema": ema.state_dict(), "step": n, "config": as_finished})
         save_grid(out / "samples" / f"{stem}-{n:06d}.png", source.decode(generate(ema, eps, y)))
         save_grid(out / "samples" / f"{stem}-dmd-{n:06d}.png", source.decode(dmd_panels(ema, teacher, fake, eps, y)))
 
@@ -335,10 +352,73 @@ def refine_images(out, name, seed, init, pooling, *, where, stage_1, plan, stude
     branch, make = (FakeByCalls(fake), generate_by_calls) if student_steps == 2 else (fake, generate)
     draw = partial(source.draw, batch // parts)
     ema = refine(out / f"{stem}.pt", student, teacher, branch, discriminator, draw, **plan, make=make, seed=seed,
-                 parts=parts, amp=device.type == "cuda", config=about, look=look)  # fmt: skip
+                 parts=parts, amp=device.type == "cuda", config=about, look=look, look_every=BUDGETS[0])  # fmt: skip
     if pooling == "attention" and rank() == 0:
         plot_attention(out / f"attention-{stem}.png", ema, teacher, discriminator, eps, y, taps=plan["taps"],
                        decode=source.decode)  # fmt: skip
+
+
+# --- The probe: where can a discriminator see? -----------------------------------------------------------------------
+
+PROBE = dict(levels=(0.02, 0.05, 0.1, 0.2, 0.4, 0.7), images=8000, updates=400)
+PROBE_QUICK = dict(levels=(0.05, 0.4), images=200, updates=10)
+
+
+@torch.no_grad()
+def blur_patch(x, generator):
+    """Images x (B, C, H, W), each with one patch of a quarter of its sides, at a random place, blurred by (1 2 1)."""
+    B, C, H, W = x.shape
+    kernel = torch.tensor([1.0, 2.0, 1.0], device=x.device) / 4
+    framed = F.pad(x, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None]
+    soft = F.conv2d(framed, torch.outer(kernel, kernel)[None, None])
+    top, left = (torch.randint(side * 3 // 4 + 1, (B, 1), generator=generator, device=x.device) for side in (H, W))
+    rows, columns = torch.arange(H, device=x.device) - top, torch.arange(W, device=x.device) - left  # (B, H), (B, W)
+    inside = ((rows >= 0) & (rows < H // 4))[:, :, None] & ((columns >= 0) & (columns < W // 4))[:, None]
+    return torch.where(inside[:, None], soft.view_as(x), x)
+
+
+def probe(path, draw, student, teacher, build, *, taps, levels, images, updates):
+    """Train discriminators to their end, where nothing runs away from them, and draw how well they tell what.
+
+    Data from the samples of a fixed student, and clean data from data with one blurred patch, at each noise level t.
+    build(pooling) -> a discriminator. path: of the picture; the AUC (area under the ROC curve: 0.5 is a guess, 1 is
+    always right) is of the last quarter of the images, which were not trained on.
+    """
+    x_data, y = draw(images, rng(0, "probe", device=next(student.parameters()).device))
+    x_gen = torch.cat([sample(student, torch.randn(part.shape, generator=rng(0, "probe", k)).to(part), labels)
+                       for k, (part, labels) in enumerate(zip(x_data.split(250), y.split(250)))])  # fmt: skip
+    tasks = {"data or samples of the student": x_gen,
+             "clean, or one patch blurred": blur_patch(x_data, rng(1, "probe", device=x_data.device))}  # fmt: skip
+    learn = images * 3 // 4
+    figure, axes = new_figure(10, 4.2, columns=2, sharey=True)
+    for axis, (task, x_other) in zip(axes, tasks.items()):
+        for pooling in ("attention", "mean"):
+            found = []
+            for t in progress(levels, f"{task}: {pooling}"):
+                net = build(pooling)
+                optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
+
+                def loss_of(generator):
+                    i = torch.randint(learn, (64,), generator=generator, device=generator.device)
+                    return discriminator_loss(net, teacher, x_data[i], x_other[i], y[i], generator, taps=taps,
+                                              times=(t, t))  # fmt: skip
+
+                for k in range(updates):
+                    net.power_iteration()
+                    update(net, optimizer, loss_of, lr=learning_rate(k, updates, 5e-3), words=("probe", k))
+                with torch.no_grad():
+                    scores = []
+                    for x in (x_data[learn:], x_other[learn:]):
+                        x_t, _, times = noised(x, rng(2, "probe", device=x.device), (t, t))
+                        scores.append(net(teacher.features(x_t, t=times, y=y[learn:], taps=taps)).mean(1))
+                wins = (scores[0][:, None] > scores[1]).float().mean()  # of all pairs: this is the AUC
+                found.append(wins.item())
+            print(f"{task}, {pooling}: AUC", ", ".join(f"{auc:.3f} at t = {t}" for t, auc in zip(levels, found)))
+            axis.plot(levels, found, marker="o", label=pooling)
+        axis.set(title=task, xlabel="noise level t", xscale="log", ylabel="AUC on held-out images", ylim=(0.45, 1.02))
+        axis.axvspan(*T_ADV, color="0.9", label="T_ADV, the times of the adversarial term")
+        axis.legend()
+    figure.savefig(path)
 
 
 def one_variant(job):
@@ -360,6 +440,7 @@ def main(argv=None):
     add("--student-steps", type=int, choices=(1, 2), default=1, help="2: a student of 1 and of 2 calls (default: 1)")
     add("--ablation", action="store_true",
         help="small images only: each --init with each --pooling for --seeds seeds, side by side; then the table")
+    add("--probe", action="store_true", help="train no student: at which noise can a discriminator see? probe.png")
     add("--seeds", type=int, default=3, help="of --ablation (default: %(default)s)")
     args = parser.parse_args(argv)
     device = join(args.device)
@@ -375,10 +456,14 @@ def main(argv=None):
         where=dict(data=args.data, data_dir=args.data_dir, size=args.size, teacher=args.teacher, vae=args.vae,
                    cache=args.cache),
         student_steps=args.student_steps, passes=(args.checkpointing, args.compile), device=device)  # fmt: skip
-    if not args.ablation:
+    if args.probe:
+        refine_images(**job, probing=PROBE_QUICK if args.quick else PROBE)
+        print(f"In {job['out']}: probe.png")
+    elif not args.ablation:
         refine_images(**job)
         if rank() == 0:
             print(f"In {job['out']}: {args.name}-seed{args.seed}.pt and its csv, grids in samples/. Next: evaluate.py")
+    if not args.ablation:
         return
     jobs = [job | dict(name=name, init=init, pooling=pooling, seed=seed)
             for seed in range(args.seeds) for name, (init, pooling) in VARIANTS.items()]  # fmt: skip

@@ -39,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import (BadInput, ImageFolder, glyphs, go_on, join, new_figure, progress, rng, save_grid, to_float, to_uint8,
                   write_json)  # fmt: skip
+from dmd_refine import VARIANTS
 from meanflow_td import (learning_rate, load_net, new_network, open_data, sample, sample_euler, sample_ode,
                          update)  # fmt: skip
 from models import (AutoencoderKL, DiT, DiTTeacher, SiTTeacher, load_teacher, load_vae, load_weights,
@@ -472,38 +473,69 @@ def judge_run(out, count, seed, device, quick=False):
     for w in GUIDANCE[: 1 if quick else None]:
         teacher.w = w
         sampled(f"teacher, Heun, w = {w}", partial(sample_ode, teacher, steps=25), nfe=50, w=w)
-    for path in [out / "td.pt", *sorted(out.glob("*-seed*.pt"))]:
+    patterns = "meanflow.pt", "td.pt", "*-seed*.pt", "budgets/*.pt"
+    for path in [path for pattern in patterns for path in sorted(out.glob(pattern))]:
         student, config = load_net(path, hint, device)
         for calls in range(1, config.get("student_steps", 1) + 1):
             sampled(path.stem.split("-seed")[0] + ", 2 calls" * (calls - 1), partial(sample, student, steps=calls),
-                    nfe=calls, seed=config["seed"])  # fmt: skip
+                    nfe=calls, seed=config["seed"], updates=config["steps"])  # fmt: skip
     write_json(out / "results.json", {"count": count, "reference": len(held_out), "noise": seed, "rows": rows})
     print_rows(rows)
+    plot_variants(out / "curves.png", rows)
     plot_spectrum(out / "spectrum.png", judge.spectrum[0], spectra)
     save_grid(out / "grid.png", torch.cat(list(pictures.values())), columns=20)
-    print(f"In {out}: results.json, spectrum.png, and grid.png, a row for each of: {'; '.join(pictures)}.")
+    print(f"In {out}: results.json, curves.png, spectrum.png, and grid.png, a row for each of: {'; '.join(pictures)}.")
+
+
+MEASURES = "frechet", "precision", "recall", "class_accuracy", "high_power"
 
 
 def print_rows(rows):
     """The table: mean and, where there are several seeds, their spread; then which variants the seeds tell apart."""
-    columns, groups = ("frechet", "precision", "recall", "class_accuracy", "high_power"), {}
+    groups = {}
     for row in rows:
-        groups.setdefault(row["what"], []).append(row)
-    print(f"{'':24}{'calls':>6}{'seeds':>6}" + "".join(f"{name:>18}" for name in columns))
-    for what, group in groups.items():
-        line = f"{what:24}{group[0]['nfe']:6}{len(group):6}"
-        for values in ([row[name] for row in group] for name in columns):
+        groups.setdefault((row["what"], row.get("updates", 0)), []).append(row)
+    print(f"{'':24}{'updates':>8}{'calls':>6}{'seeds':>6}" + "".join(f"{name:>18}" for name in MEASURES))
+    for (what, updates), group in groups.items():
+        line = f"{what:24}{updates:8}{group[0]['nfe']:6}{len(group):6}"
+        for values in ([row[name] for row in group] for name in MEASURES):
             spread = f" +- {np.std(values, ddof=1):.4f}" if len(group) > 1 else ""
             line += f"{np.mean(values):.4f}{spread}".rjust(18)
         print(line)
-    for pair in (("hd", "hd-no-td"), ("td-dmd", "dmd-no-td"), ("hd", "td-mean"), ("hd", "td-dmd")):
-        if min(len(groups.get(what, ())) for what in pair) < 2:
-            continue  # a spread takes two seeds
-        for name in columns:
-            values = [[row[name] for row in groups[what]] for what in pair]
-            p = scipy.stats.ttest_ind(*values, equal_var=False).pvalue  # Welch's test
-            means = " and ".join(f"{np.mean(seeds):.4f}" for seeds in values)
-            print(f"{' against '.join(pair)}, {name}: {means}, p = {p:.3f}")
+    for updates in sorted({updates for _, updates in groups}):
+        for pair in (("hd", "hd-no-td"), ("td-dmd", "dmd-no-td"), ("hd", "td-mean"), ("hd", "td-dmd")):
+            one, other = (groups.get((what, updates), ()) for what in pair)
+            if min(len(one), len(other)) > 1:  # a spread takes two seeds
+                tests = {name: scipy.stats.ttest_ind([row[name] for row in one], [row[name] for row in other],
+                                                     equal_var=False).pvalue for name in MEASURES}  # fmt: skip
+                found = ", ".join(f"{name} {p:.3f}" for name, p in tests.items())
+                print(f"{' against '.join(pair)}, {updates} updates, p by Welch's test: {found}")
+
+
+def plot_variants(path, rows):
+    """curves.png: each variant against its updates of stage 2, mean and standard deviation over the seeds; solid with
+    stage 1, dashed without. Lines: the teacher at its best guidance, TD, and how many updates stage 1 took."""
+    figure, axes = new_figure(15, 4.4, columns=4)
+    teacher = min((row for row in rows if "Heun" in row["what"]), key=lambda row: row["frechet"])
+    td = next(row for row in rows if row["what"] == "td")
+    for axis, name in zip(axes, ("frechet", "precision", "recall", "high_power")):
+        axis.axhline(teacher[name], color="black", lw=1, label=teacher["what"])
+        axis.axhline(td[name], color="black", lw=1, ls=":", label="td")
+        axis.axvline(td["updates"], color="0.85", lw=6, label="updates of stage 1")
+        for what, (init, pooling) in VARIANTS.items():
+            values = {}
+            for row in rows:
+                if row["what"] == what:
+                    values.setdefault(row["updates"], []).append(row[name])
+            if values:
+                mean, spread = zip(*((np.mean(v), np.std(v, ddof=len(v) > 1)) for _, v in sorted(values.items())))
+                colour = {"attention": "C1", "mean": "C2", "none": "C0"}[pooling]
+                axis.errorbar(sorted(values), mean, spread, color=colour, ls="-" if init == "td" else "--", marker="o",
+                              ms=4, capsize=3, label=f"{what}: {init}, {pooling}")  # fmt: skip
+        axis.set(xlabel="updates of stage 2", ylabel=name, xscale="log")
+    axes[0].set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(path)
 
 
 def plot_spectrum(path, reference, spectra):

@@ -181,7 +181,7 @@ def teacher_loss(net, generator, *, draw, null_class=None):
 def student_loss(net, generator, *, draw, teacher, share_spans=0.75, times=(0.0, 1.0)):
     """Stage 1: MeanFlow on the frozen teacher's velocity, guided if the teacher is. draw: as in `teacher_loss`.
 
-    teacher None: MeanFlow from scratch, on the noisy eps - x_0 (PRIOR: arXiv 2505.13447). share_spans: of `draw_times`.
+    teacher None: MeanFlow on the data's own, noisy velocity eps - x_0. share_spans: of `draw_times`.
     times: the first and the last that the student knows; r and t are clamped to them (see models.DiTTeacher).
     """
     x_0, y = draw(generator)
@@ -267,9 +267,9 @@ def train(path, net, loss_of, *, steps, lr, seed=0, betas=(0.9, 0.99), ema_decay
 # OURS on glyphs: all of it, from runs of earlier versions, and not measured to its end since. Stage 1 has no momentum
 # there, for with it the student's errors grew: a step changes an error e by -(e + (t - r) de/dt), which turns e, and
 # momentum repeats old steps.
-GLYPHS = dict(batch=64, w=1.0, share_spans=0.75, network=dict(patch_size=4, hidden_size=64, depth=4, num_heads=4),
+GLYPHS = dict(batch=64, w=1.5, share_spans=0.75, network=dict(patch_size=4, hidden_size=64, depth=4, num_heads=4),
               teacher_steps=16_000, teacher=dict(lr=3e-3, clip=300.0),
-              steps=3000, td=dict(lr=2e-3, betas=(0.0, 0.99), clip=50.0))  # fmt: skip
+              steps=3000, td=dict(lr=1e-3, betas=(0.0, 0.99), clip=50.0))  # fmt: skip
 # PRIOR: batch, lr, betas, ema_decay and a quarter of spans are MeanFlow's for ImageNet (arXiv 2505.13447, official
 # code); w = 1.5 on 3 of 4 channels is the guidance behind the published FIDs of both teachers (arXiv 2212.09748).
 # OURS: steps (20 epochs, never run), clip.
@@ -381,6 +381,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.add_argument("--teacher-steps", type=int, help="updates of a teacher that is trained here")
+    parser.add_argument("--on-data", action="store_true",
+                        help="for comparison: stage 1 on eps - x_0, without guidance, into meanflow.pt")  # fmt: skip
     args = parser.parse_args(argv)
     device = join(args.device)
     preset = settings(args.data, args.quick, parts=args.parts, batch=args.batch, w=args.w, steps=args.steps,
@@ -405,16 +407,18 @@ def main(argv=None):
         teacher = train(out / "teacher.pt", net, loss, steps=preset["teacher_steps"], **preset["teacher"], **how,
                         config=about | {"network": describe(net)},
                         look=partial(look, "teacher", partial(sample_ode, steps=25)))  # fmt: skip
-    teacher.w, teacher.cfg_channels = preset["w"], args.cfg_channels  # guidance is baked into the student
+    name, w = ("meanflow", 1.0) if args.on_data else ("td", preset["w"])
+    teacher.w, teacher.cfg_channels = w, args.cfg_channels  # guidance is baked into the student
     student = new_network(args.seed, "student", lambda: student_from_teacher(teacher)).to(device)
     for net in (teacher.net, student.net):
         net.checkpointing, net.compiling = args.checkpointing, args.compile
-    loss = partial(student_loss, draw=draw, teacher=teacher, share_spans=preset["share_spans"], times=teacher.times)
-    about |= {"network": describe(student), "w": preset["w"], "cfg_channels": args.cfg_channels}
-    train(out / "td.pt", student, loss, steps=preset["steps"], **preset["td"], **how, config=about,
-          look=partial(look, "td", sample))  # fmt: skip
+    loss = partial(student_loss, draw=draw, teacher=None if args.on_data else teacher,
+                   share_spans=preset["share_spans"], times=teacher.times)  # fmt: skip
+    about |= {"network": describe(student), "w": w, "cfg_channels": args.cfg_channels}
+    train(out / f"{name}.pt", student, loss, steps=preset["steps"], **preset["td"], **how, config=about,
+          look=partial(look, name, sample))  # fmt: skip
     if rank() == 0:
-        print(f"In {out}: td.pt, td.csv, grids in samples/. Next: dmd_refine.py with the same --data, --out and --w")
+        print(f"In {out}: {name}.pt, its csv, grids in samples/. Next: dmd_refine.py with the same --data, --out and --w")
 
 
 if __name__ == "__main__":

@@ -160,6 +160,31 @@ def test_adversarial(images, m=dmd_refine):
     assert log["grad_dmd"] == 0 and logit() > before
 
 
+def test_pulls(m=dmd_refine):
+    """The logged pulls are the norms of the two terms' gradients on x_gen: at weights 0 and huge, one term is all."""
+    _, teacher, fake, discriminator, draw = cast(images=True)
+    x, y = draw(rng("pulls"))
+    for weight, name in ((0.0, "pull_dmd"), (1e6, "pull_adv")):
+        x_gen = x.clone().requires_grad_(True)
+        loss, log = m.generator_loss(teacher, fake, discriminator, x_gen, y, rng("t"), lambda_adv=weight, taps=(0, 1))
+        assert log[name] == 0  # known after the backward pass
+        loss.backward()
+        torch.testing.assert_close(log[name], x_gen.grad.norm(), rtol=1e-4, atol=0)
+
+
+def test_a_blurred_patch(size=16):
+    """A quarter of the sides wide, inside the image, softer; the rest is untouched."""
+    x = torch.randn(50, 2, size, size, generator=rng("blur"))
+    changed = dmd_refine.blur_patch(x, rng("place")) - x
+    where = changed.abs().amax(1) > 0
+    assert (where.flatten(1).sum(1) == (size // 4) ** 2).all()
+    assert (where.any(1).sum(1) == size // 4).all() and (where.any(2).sum(1) == size // 4).all()
+    assert not dmd_refine.blur_patch(torch.ones(3, 1, size, size), rng("place")).sub(1).any()
+    assert where.float().mean(0).gt(0).sum() > 200  # every place is possible
+    inside = (x + changed).permute(1, 0, 2, 3)[:, where]
+    assert 0.1 < inside.var() < 0.2  # the kernel's squares sum to (1 + 4 + 1)^2/16^2 = 0.14
+
+
 def test_times(m=dmd_refine):
     """DMD sees t in [0.02, 0.98], the discriminator low noise alone, and the fake branch is trained at all t."""
     seen = {}

@@ -269,20 +269,25 @@ def test_the_classifier_learns_and_the_judge_tells(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["glyphs", "folder"])
-def test_the_table_of_a_run(tmp_path, kind):
-    """Of a tiny run: teacher, td, hd, and two, a student of two calls."""
+def test_the_table_of_a_run(tmp_path, kind, monkeypatch):
+    """Of a tiny run: teacher, td, hd also after one update, and two, a student of two calls; and the probe."""
+    monkeypatch.setattr(dmd_refine, "BUDGETS", (1, 2))
     where = [f"--data={kind}", "--quick", f"--out={tmp_path}"]
     more = [f"--data-dir={pictures(tmp_path / 'train', {'a': 12, 'b': 12})}"] if kind == "folder" else []
     meanflow_td.main([*where, *more, "--batch=8", "--teacher-steps=4", "--steps=2"])
     for name, calls in (("hd", 1), ("two", 2)):
         dmd_refine.main([*where, *more, "--batch=8", "--steps=2", f"--name={name}", f"--student-steps={calls}"])
+    dmd_refine.main([*where, *more, "--probe"])
+    meanflow_td.main([*where, *more, "--batch=8", "--teacher-steps=4", "--steps=1", "--on-data"])
     run(*where)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    others = {"data against data": 0, "teacher, Heun, w = 1.0": 50, "td": 1, "hd": 1, "two": 1, "two, 2 calls": 2}
+    students = {"meanflow": 1, "td": 1, "hd": 1, "two": 1, "two, 2 calls": 2}
+    others = {"data against data": 0, "teacher, Heun, w = 1.0": 50} | students
     expected = others | {f"teacher, Euler, {n} calls": n for n in (1, 2, 4, 8)}
-    assert {row["what"]: row["nfe"] for row in rows} == expected and len(rows) == 10
+    assert {row["what"]: row["nfe"] for row in rows} == expected and len(rows) == 14
+    assert [row["updates"] for row in rows if row["what"] == "hd"] == [2, 1]
     assert all(np.isfinite(value) for row in rows for value in row.values() if not isinstance(value, str))
-    assert {"spectrum.png", "grid.png"} < files(tmp_path).keys()
+    assert {"spectrum.png", "curves.png", "probe.png", "grid.png"} < files(tmp_path).keys()
 
 
 def stage(path, net):  # a finished stage's file with this network
