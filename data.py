@@ -11,10 +11,11 @@ function draw(batch, generator) -> x_0 (B, ...), y (B,): `draw_glyphs`, `ImageFo
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -146,6 +147,13 @@ def sum_gradients(net):
     for p in net.parameters() if ranks() > 1 else ():
         if p.grad is not None:
             dist.all_reduce(p.grad)
+
+
+def in_processes(work, jobs):
+    """work(job) for all jobs, a process for each core, one thread each. -> [what it returned, in the jobs' order]"""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(work, jobs))
 
 
 # --- Images: bytes and floats, pictures to look at, glyphs, folders, latents -----------------------------------------

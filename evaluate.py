@@ -474,8 +474,12 @@ def judge_run(out, count, seed, device, quick=False):
         teacher.w = w
         sampled(f"teacher, Heun, w = {w}", partial(sample_ode, teacher, steps=25), nfe=50, w=w)
     patterns = "meanflow.pt", "td.pt", "*-seed*.pt", "budgets/*.pt"
+    seen = set()
     for path in [path for pattern in patterns for path in sorted(out.glob(pattern))]:
         student, config = load_net(path, hint, device)
+        if (key := (path.stem.split("-seed")[0], config["seed"], config["steps"])) in seen:
+            continue  # kept on the way by a longer training, which an equally long one has replaced
+        seen.add(key)
         for calls in range(1, config.get("student_steps", 1) + 1):
             sampled(path.stem.split("-seed")[0] + ", 2 calls" * (calls - 1), partial(sample, student, steps=calls),
                     nfe=calls, seed=config["seed"], updates=config["steps"])  # fmt: skip
@@ -514,14 +518,17 @@ def print_rows(rows):
 
 def plot_variants(path, rows):
     """curves.png: each variant against its updates of stage 2, mean and standard deviation over the seeds; solid with
-    stage 1, dashed without. Lines: the teacher at its best guidance, TD, and how many updates stage 1 took."""
+    stage 1, dashed without. All but the last are points of a longer training, whose rate has not yet fallen. Lines: the
+    teacher at its best guidance, MeanFlow on data, TD, and how many updates stage 1 took."""
     figure, axes = new_figure(15, 4.4, columns=4)
     teacher = min((row for row in rows if "Heun" in row["what"]), key=lambda row: row["frechet"])
-    td = next(row for row in rows if row["what"] == "td")
+    stage_1 = {row["what"]: row for row in rows if row["what"] in ("td", "meanflow")}
     for axis, name in zip(axes, ("frechet", "precision", "recall", "high_power")):
         axis.axhline(teacher[name], color="black", lw=1, label=teacher["what"])
-        axis.axhline(td[name], color="black", lw=1, ls=":", label="td")
-        axis.axvline(td["updates"], color="0.85", lw=6, label="updates of stage 1")
+        for (what, row), style in zip(sorted(stage_1.items(), reverse=True), (":", "-.")):
+            axis.axhline(row[name], color="black", lw=1, ls=style, label=what)
+        if "td" in stage_1:
+            axis.axvline(stage_1["td"]["updates"], color="0.85", lw=6, label="updates of stage 1")
         for what, (init, pooling) in VARIANTS.items():
             values = {}
             for row in rows:

@@ -11,7 +11,7 @@ stopped, or only draws again.
    sample with ONE call. How close to the teacher's own sample of the same noise (replay error), how close to the data
    (sliced Wasserstein-2), and how many samples lie inside the support? Bigger is better, but not by enough: the map
    from noise to data has cliffs where the path chooses between two squares, and a smooth network builds bridges there.
-3. The way past. A SMALL student takes the first half of its updates from TD, the second half from distribution matching
+3. The way past. A SMALL student takes the first part of its updates from TD, the others from distribution matching
    and an adversarial loss (dmd_refine.py, awd.py). It may now answer a noise point with another sample than the teacher
    would, as long as all samples together have the right distribution, and that a small network can do.
 4. The controls: no TD, or a discriminator that averages its tokens. Does the start matter? DMD alone from three starts.
@@ -24,9 +24,7 @@ the teacher's hidden layers, not places, so attention against mean pooling says 
 import argparse
 import copy
 import math
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 
@@ -35,7 +33,7 @@ import torch
 from matplotlib.animation import PillowWriter
 
 from awd import AdaptiveWeightedDiscriminator
-from data import BLUE, GREEN, GREY, ORANGE, PINK, load, new_figure, rng, save, write_json
+from data import BLUE, GREEN, GREY, ORANGE, PINK, in_processes, load, new_figure, rng, save, write_json
 from dmd_refine import refine
 from meanflow_td import (flow_matching_loss, meanflow_target, new_network, sample, sample_euler, sample_ode,
                          student_loss, teacher_loss, train)  # fmt: skip
@@ -44,10 +42,10 @@ from models import VelocityMLP, add_noise, expand_times
 DEPTH, TEACHER_WIDTH, TAPS = 3, 96, (0, 1, 2)  # hidden layers of all networks; those that the discriminator reads
 HD_WIDTH, WIDTHS = 48, (168, 88, 48, 30, 18)  # of students: 92,570 to 1,820 parameters; HD has 9,170
 POINTS, SHOWN = 5000, 2000  # samples in a picture, and in the moving one
-MARKS = (25, 50, 100, 200, 400, 800, 1600, 1900, *range(2200, 3801, 400))  # updates after which pictures look
-WATCHED = ("td-start", "hd", "dmd-awd", "td-dmd", "dmd-half", "dmd-far")  # those trainings that pictures look at then
+MARKS = (25, 50, 100, 200, 400, 800, 1200, 1700, 2100)  # updates, of a stage or in all, after which pictures look
+WATCHED = ("td-start", "hd", "dmd-awd", "td-dmd", "dmd-short", "dmd-far")  # those trainings that pictures look at then
 LAST = 99_999  # stands for the end of a training, however many updates it has
-DEFAULT = dict(teacher_steps=6000, td_steps=1900, refine_steps=1900, samples=50_000, ode_steps=32, longer=4)
+DEFAULT = dict(teacher_steps=6000, td_steps=2100, refine_steps=1700, samples=50_000, ode_steps=32, longer=4)
 QUICK = dict(teacher_steps=150, td_steps=80, refine_steps=80, samples=2000, ode_steps=8, longer=4)
 
 # --- Densities: points in the plane, and which part of the support a point lies in, -1 outside ------------------------
@@ -136,8 +134,8 @@ def measure(x, data, x_teacher):
 
 
 def keep(run, seed, name, net, n, sampler=sample):
-    """Measure a network after n updates, if n is in MARKS or LAST, and keep that for `load_kept`. -> its measures"""
-    if n not in (*MARKS, LAST):
+    """Measure a network after n updates, if a picture looks then, and keep that for `load_kept`. -> its measures"""
+    if n != LAST and not {n, n - run["td_steps"]} & {*MARKS}:
         return None
     eps, _ = yardstick(run["data"], run["samples"])
     x = torch.cat([sampler(net, block) for block in eps.split(4096)])  # blocks that fit into a CPU's cache
@@ -211,17 +209,10 @@ def refined(run, job):
         discriminator = new_network(seed, "discriminator", build)
     net = refine(run["out"] / f"seed{seed}-{name}.pt", net, teacher,
                  copy.deepcopy(teacher),  # PAPER: the fake branch starts as the teacher
-                 discriminator, partial(draw, run["data"], 512), steps=updates, seed=seed, taps=TAPS,
+                 discriminator, partial(draw, run["data"], 1024), steps=updates, seed=seed, taps=TAPS,
                  config={"data": run["data"], "start": start, "pooling": pooling},
                  look=partial(keep, run, seed, name) if name in WATCHED else None, look_every=25)  # fmt: skip
     return result(run, seed, name, what, net, updates + (start == "td") * run["td_steps"])
-
-
-def in_processes(work, jobs):
-    """work(job) for all jobs, a process for each core, one thread each. -> their rows, in the order of the jobs"""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(work, jobs))
 
 
 def story(run, seeds):
@@ -233,7 +224,7 @@ def story(run, seeds):
     jobs = [(0, f"td-x{run['longer']}", "TD, longer", WIDTHS[0], run["longer"] * (first + second))]
     for seed in seeds:
         jobs += [(seed, f"td-{width}", "TD", width, first + second) for width in WIDTHS]
-        jobs += [(seed, "td-start", "TD, first half only", HD_WIDTH, first)]
+        jobs += [(seed, "td-start", "TD, stage 1 alone", HD_WIDTH, first)]
     rows += in_processes(partial(distil, run), jobs)
 
     variants = [("dmd-awd", "DMD + AWD, no TD", "random", "attention", first + second),  # the longest first
@@ -241,7 +232,7 @@ def story(run, seeds):
                 ("hd", "HD: TD + DMD + AWD", "td", "attention", second),
                 ("td-mean", "TD + DMD + GAN, mean pooling", "td", "mean", second),
                 ("td-dmd", "TD + DMD", "td", "none", second),
-                ("dmd-half", "DMD, no TD, stage 2 alone", "random", "none", second),
+                ("dmd-short", "DMD, no TD, stage 2 alone", "random", "none", second),
                 ("dmd-far", "DMD, from far off", "far", "none", second)]  # fmt: skip
     rows += in_processes(partial(refined, run), [(seed, *variant) for variant in variants for seed in seeds])
 
@@ -250,7 +241,7 @@ def story(run, seeds):
                 ["TD", "TD, longer", "HD: TD + DMD + AWD", "teacher"],
                 "The bottleneck: students of one call against their size. Their teacher makes many calls")  # fmt: skip
     marks = [row | {"name": (row["name"], n), "updates": n} | load_kept(run, row["seed"], row["name"], n)
-             for row in rows if row["name"] in ("td-dmd", "dmd-half", "dmd-far")
+             for row in rows if row["name"] in ("td-dmd", "dmd-short", "dmd-far")
              for n in MARKS if n <= second]  # fmt: skip
     plot_curves(out / "start.png", marks + [row for row in rows if row["name"] == "dmd"], "updates",
                 ["share_inside", "sliced_w2"],

@@ -108,7 +108,7 @@ def broken(module, *replacements):
 
 
 def pictures(root, classes, end="jpg"):
-    """A folder root/<class>/<i>.<end> of random blocks, {class: number of images}, of sizes from 20 to 36 px. -> root"""
+    """A folder root/<class>/<i>.<end> of random blocks, {class: number of images}, from 20 to 36 px. -> root"""
     for name, count in classes.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
