@@ -187,6 +187,53 @@ def new_figure(width, height, rows=1, columns=1, **options):
     return figure, figure.subplots(rows, columns, **options)
 
 
+# Results are rows: dicts of "what" was run, its "seed", other facts, and measures.
+
+
+def over_seeds(rows):
+    """The rows in groups that differ in their seed alone: [[row, ...], ...]."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["what"], row.get("width"), row.get("updates")), []).append(row)
+    return list(groups.values())
+
+
+def mean_std(group, key):
+    """A measure's mean and standard deviation over the rows of a group; the latter is 0 of a single row."""
+    values = [row[key] for row in group]
+    return np.mean(values), np.std(values, ddof=len(values) > 1)
+
+
+def report(path, rows, facts, measures):
+    """Write the rows as JSON, and print a line for each group of `over_seeds`: what, the facts and the measures, which
+    are keys of the rows; of measures the mean +- standard deviation."""
+    write_json(path, rows)
+    print(f"{'':36}" + "".join(f"{name:>11}" for name in (*facts, "seeds")) + "".join(f"{name:>19}" for name in measures))
+    for group in over_seeds(rows):
+        line = f"{group[0]['what']:36}" + "".join(f"{group[0].get(name, ''):>11}" for name in facts)
+        values = [f"{mean:.4f}" + f" +- {std:.4f}" * bool(std) for mean, std in (mean_std(group, m) for m in measures)]
+        print(f"{line}{len(group):>11}" + "".join(f"{value:>19}" for value in values))
+
+
+def plot_curves(path, rows, x, measures, curves, title):
+    """A panel for each of measures, {key: (label, its axis' scale)}: mean and spread over the seeds against x, a key of
+    the rows. curves: {what: matplotlib's style of its curve}; a style without a marker makes a level line."""
+    figure, axes = new_figure(4.4 + 3.2 * len(measures), 4.8, columns=len(measures), squeeze=False)
+    for axis, (key, (label, scale)) in zip(axes[0], measures.items()):
+        for what, style in curves.items():
+            groups = [group for group in over_seeds(rows) if group[0]["what"] == what]
+            points = sorted((group[0].get(x, 0), *mean_std(group, key)) for group in groups)
+            if points and "marker" in style:
+                at, mean, std = zip(*points)
+                axis.errorbar(at, mean, std, capsize=3, **{"label": what} | style)
+            elif points and points[0][1] > 0:  # 0 has no place on a logarithmic axis
+                axis.axhline(points[0][1], **{"label": what} | style)
+        axis.set(xlabel=x, ylabel=label, xscale="log", yscale=scale)
+    figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+    figure.suptitle(title)
+    figure.savefig(path)
+
+
 # Glyphs: digits from the fonts that matplotlib ships. Nothing to download, endless, seeded.
 FACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
          "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",

@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import (BadInput, ImageFolder, glyphs, go_on, join, new_figure, progress, rng, save_grid, to_float, to_uint8,
-                  write_json)  # fmt: skip
+import data
+from data import BadInput, ImageFolder, glyphs, go_on, join, progress, rng, save_grid, to_float, to_uint8, write_json
 from dmd_refine import VARIANTS
 from meanflow_td import (learning_rate, load_net, new_network, open_data, sample, sample_euler, sample_ode,
                          update)  # fmt: skip
@@ -278,12 +278,6 @@ def open_images(path, size=None):
     return len(images), images.__getitem__
 
 
-def labels_of(images):
-    """The labels of a folder's images, if --sample has noted them: classes in turn, or "by lot"."""
-    note = Path(images, "about.json")
-    return (json.loads(note.read_text()).get("labels") or "by lot") if note.exists() else "unknown"
-
-
 def extract(net, images, *, resize, batch=32, label="images"):
     """Inception's features of (count, read): {"pool": (N, 2048), "spatial": (N, 2023), "logits_no_bias": (N, 1008)}."""
     (count, read), found = images, []
@@ -308,8 +302,7 @@ def score(images, reference, *, inception="inception", resize="tf1", device="cpu
     known = {} if Path(reference).is_dir() else read_npz(reference)
     net = load_weights(InceptionV3, weights(inception), inception).to(device)
     sha256 = hashlib.sha256(weights_path(inception).read_bytes()).hexdigest()
-    row = {"images": str(images), "n": count, "labels": labels_of(images), "reference": str(reference),
-           "resize": resize, "inception": sha256}  # fmt: skip
+    row = {"images": str(images), "n": count, "reference": str(reference), "resize": resize, "inception": sha256}
     try:
         base = extract(net, open_images(reference, size=len(read(0))), resize=resize, label="reference")
     except BadInput as error:
@@ -448,6 +441,11 @@ def small_data(config, source, count, seed):
     return draw, images[fifth], images[learn][:count], folder.labels[learn][:count]
 
 
+MEASURES = {"frechet": ("Frechet distance", "log"), "precision": ("precision", "linear"), "recall": ("recall", "linear"),
+            "high_power": ("power of the upper half of frequencies, over data's", "linear")}  # fmt: skip
+COLOURS = {"attention": data.ORANGE, "mean": data.GREEN, "none": data.BLUE}
+
+
 def judge_run(out, count, seed, device, quick=False):
     """The table of a run on small images: a row for data, teacher, TD and every student that is there; the pictures."""
     hint = "run meanflow_td.py with the same --data and --out first"
@@ -473,6 +471,7 @@ def judge_run(out, count, seed, device, quick=False):
     for w in GUIDANCE[: 1 if quick else None]:
         teacher.w = w
         sampled(f"teacher, Heun, w = {w}", partial(sample_ode, teacher, steps=25), nfe=50, w=w)
+    best = min((row for row in rows if row["nfe"] == 50), key=lambda row: row["frechet"])["what"]
     patterns = "meanflow.pt", "td.pt", "*-seed*.pt", "budgets/*.pt"
     seen = set()
     for path in [path for pattern in patterns for path in sorted(out.glob(pattern))]:
@@ -483,71 +482,39 @@ def judge_run(out, count, seed, device, quick=False):
         for calls in range(1, config.get("student_steps", 1) + 1):
             sampled(path.stem.split("-seed")[0] + ", 2 calls" * (calls - 1), partial(sample, student, steps=calls),
                     nfe=calls, seed=config["seed"], updates=config["steps"])  # fmt: skip
-    write_json(out / "results.json", {"count": count, "reference": len(held_out), "noise": seed, "rows": rows})
-    print_rows(rows)
-    plot_variants(out / "curves.png", rows)
+    print(f"{count:,} images a row, {len(held_out):,} of data to compare with")
+    data.report(out / "results.json", rows, ("updates", "nfe"), [*MEASURES, "class_accuracy"])
+    compare(rows)
+    curves = {best: dict(color="black")}
+    for what, ls in (("td", ":"), ("meanflow", "-.")):
+        updates = max((row["updates"] for row in rows if row["what"] == what), default=0)
+        curves[what] = dict(color="black", ls=ls, label=f"{what}, {updates:,} updates of stage 1")
+    for what, (init, pooling) in VARIANTS.items():
+        curves[what] = dict(color=COLOURS[pooling], ls="-" if init == "td" else "--", marker="o", ms=4,
+                            label=f"{what}: {init}, {pooling}")  # fmt: skip
+    data.plot_curves(out / "curves.png", rows, "updates", MEASURES, curves, "Students of one call against their updates "
+                     "of stage 2. All but the last mark of a curve lie within a longer training")  # fmt: skip
     plot_spectrum(out / "spectrum.png", judge.spectrum[0], spectra)
     save_grid(out / "grid.png", torch.cat(list(pictures.values())), columns=20)
     print(f"In {out}: results.json, curves.png, spectrum.png, and grid.png, a row for each of: {'; '.join(pictures)}.")
 
 
-MEASURES = "frechet", "precision", "recall", "class_accuracy", "high_power"
-
-
-def print_rows(rows):
-    """The table: mean and, where there are several seeds, their spread; then which variants the seeds tell apart."""
-    groups = {}
-    for row in rows:
-        groups.setdefault((row["what"], row.get("updates", 0)), []).append(row)
-    print(f"{'':24}{'updates':>8}{'calls':>6}{'seeds':>6}" + "".join(f"{name:>18}" for name in MEASURES))
-    for (what, updates), group in groups.items():
-        line = f"{what:24}{updates:8}{group[0]['nfe']:6}{len(group):6}"
-        for values in ([row[name] for row in group] for name in MEASURES):
-            spread = f" +- {np.std(values, ddof=1):.4f}" if len(group) > 1 else ""
-            line += f"{np.mean(values):.4f}{spread}".rjust(18)
-        print(line)
-    for updates in sorted({updates for _, updates in groups}):
+def compare(rows):
+    """Print which variants the seeds tell apart, at each number of updates: p by Welch's test, for each measure."""
+    groups = {(group[0]["what"], group[0].get("updates")): group for group in data.over_seeds(rows)}
+    for updates in sorted({row["updates"] for row in rows if row["what"] in VARIANTS}):
         for pair in (("hd", "hd-no-td"), ("td-dmd", "dmd-no-td"), ("hd", "td-mean"), ("hd", "td-dmd")):
             one, other = (groups.get((what, updates), ()) for what in pair)
             if min(len(one), len(other)) > 1:  # a spread takes two seeds
-                tests = {name: scipy.stats.ttest_ind([row[name] for row in one], [row[name] for row in other],
-                                                     equal_var=False).pvalue for name in MEASURES}  # fmt: skip
-                found = ", ".join(f"{name} {p:.3f}" for name, p in tests.items())
+                tests = {key: scipy.stats.ttest_ind([row[key] for row in one], [row[key] for row in other],
+                                                    equal_var=False).pvalue for key in MEASURES}  # fmt: skip
+                found = ", ".join(f"{key} {p:.3f}" for key, p in tests.items())
                 print(f"{' against '.join(pair)}, {updates} updates, p by Welch's test: {found}")
-
-
-def plot_variants(path, rows):
-    """curves.png: each variant against its updates of stage 2, mean and standard deviation over the seeds; solid with
-    stage 1, dashed without. All but the last are points of a longer training, whose rate has not yet fallen. Lines: the
-    teacher at its best guidance, MeanFlow on data, TD, and how many updates stage 1 took."""
-    figure, axes = new_figure(15, 4.4, columns=4)
-    teacher = min((row for row in rows if "Heun" in row["what"]), key=lambda row: row["frechet"])
-    stage_1 = {row["what"]: row for row in rows if row["what"] in ("td", "meanflow")}
-    for axis, name in zip(axes, ("frechet", "precision", "recall", "high_power")):
-        axis.axhline(teacher[name], color="black", lw=1, label=teacher["what"])
-        for (what, row), style in zip(sorted(stage_1.items(), reverse=True), (":", "-.")):
-            axis.axhline(row[name], color="black", lw=1, ls=style, label=what)
-        if "td" in stage_1:
-            axis.axvline(stage_1["td"]["updates"], color="0.85", lw=6, label="updates of stage 1")
-        for what, (init, pooling) in VARIANTS.items():
-            values = {}
-            for row in rows:
-                if row["what"] == what:
-                    values.setdefault(row["updates"], []).append(row[name])
-            if values:
-                mean, spread = zip(*((np.mean(v), np.std(v, ddof=len(v) > 1)) for _, v in sorted(values.items())))
-                colour = {"attention": "C1", "mean": "C2", "none": "C0"}[pooling]
-                axis.errorbar(sorted(values), mean, spread, color=colour, ls="-" if init == "td" else "--", marker="o",
-                              ms=4, capsize=3, label=f"{what}: {init}, {pooling}")  # fmt: skip
-        axis.set(xlabel="updates of stage 2", ylabel=name, xscale="log")
-    axes[0].set_yscale("log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
-    figure.savefig(path)
 
 
 def plot_spectrum(path, reference, spectra):
     """spectrum.png: power spectra {name: (size/2 + 1,)}, each over the data's. Shaded: what high_power sums."""
-    figure, axis = new_figure(7, 4.6)
+    figure, axis = data.new_figure(7, 4.6)
     cycles = np.arange(1, len(reference))  # without the mean, which is no detail
     axis.axvspan(len(reference) / 2, len(reference) - 1, color="black", alpha=0.07, lw=0, label="high_power")
     for name in spectra:
@@ -607,16 +574,14 @@ def flops_table(steps=250):
         forward = counter.get_total_flops() / 2e9
         AutoencoderKL().decode(z)
         decoder = counter.get_total_flops() / 2e9 - forward
-    student, teacher, guided = forward + decoder, steps * forward + decoder, 2 * steps * forward + decoder
+    once = forward + decoder
     return {
-        "XL/2, one forward pass (118.64 by others' count)": forward,
-        "SD-VAE decoder": decoder,
-        "student: 1 step, decoder": student,
-        f"teacher: {steps} steps, decoder, guidance not counted": teacher,
-        f"teacher: {steps} steps, decoder, guidance counted": guided,
-        "teacher / student, guidance not counted (the paper's 69.7x)": teacher / student,
-        "teacher / student, guidance counted": guided / student,
-    }
+        "GMAC: XL/2, one forward pass (118.64 by others' count)": forward,
+        "GMAC: SD-VAE decoder": decoder,
+        f"{steps} steps and decoder / 1 step and decoder, guidance not counted (the paper's 69.7)":
+            (steps * forward + decoder) / once,
+        f"{steps} steps and decoder / 1 step and decoder, guidance counted": (2 * steps * forward + decoder) / once,
+    }  # fmt: skip
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
@@ -677,7 +642,7 @@ def main(argv=None):
         if args.save_npz:
             count, read = open_images(args.images)
             np.savez(args.save_npz, arr_0=np.stack([read(i) for i in progress(range(count), "reading")]))
-            print(f"{args.save_npz}: {count:,} images of {args.images}, not resized, labels {labels_of(args.images)}.")
+            print(f"{args.save_npz}: {count:,} images of {args.images}, not resized.")
         if args.reference:
             row = score(args.images, args.reference, inception=args.inception, resize=args.resize, device=device)
             for name, value in row.items():

@@ -28,12 +28,12 @@ import time
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.animation import PillowWriter
 
 from awd import AdaptiveWeightedDiscriminator
-from data import BLUE, GREEN, GREY, ORANGE, PINK, in_processes, load, new_figure, rng, save, write_json
+from data import (BLUE, GREEN, GREY, ORANGE, PINK, in_processes, load, new_figure, plot_curves, report, rng,
+                  save)  # fmt: skip
 from dmd_refine import refine
 from meanflow_td import (flow_matching_loss, meanflow_target, new_network, sample, sample_euler, sample_ode,
                          student_loss, teacher_loss, train)  # fmt: skip
@@ -236,16 +236,13 @@ def story(run, seeds):
                 ("dmd-far", "DMD, from far off", "far", "none", second)]  # fmt: skip
     rows += in_processes(partial(refined, run), [(seed, *variant) for variant in variants for seed in seeds])
 
-    report(out / "results.json", rows)
-    plot_curves(out / "bottleneck.png", rows, "parameters", ["replay_error", "sliced_w2", "share_inside"],
-                ["TD", "TD, longer", "HD: TD + DMD + AWD", "teacher"],
+    report(out / "results.json", rows, FACTS, [*MEASURES, "smallest_part", "largest_part"])
+    plot_curves(out / "bottleneck.png", rows, "parameters", MEASURES, BOTTLENECK,
                 "The bottleneck: students of one call against their size. Their teacher makes many calls")  # fmt: skip
-    marks = [row | {"name": (row["name"], n), "updates": n} | load_kept(run, row["seed"], row["name"], n)
-             for row in rows if row["name"] in ("td-dmd", "dmd-short", "dmd-far")
-             for n in MARKS if n <= second]  # fmt: skip
+    marks = [row | {"updates": n} | load_kept(run, row["seed"], row["name"], n)
+             for row in rows if row["name"] in ("td-dmd", "dmd-short", "dmd-far") for n in MARKS if n <= second]
     plot_curves(out / "start.png", marks + [row for row in rows if row["name"] == "dmd"], "updates",
-                ["share_inside", "sliced_w2"],
-                ["TD + DMD", "DMD, no TD, stage 2 alone", "DMD, from far off", "DMD, no TD"],
+                {key: MEASURES[key] for key in ("share_inside", "sliced_w2")}, START,
                 "Does the start matter? DMD alone from three starts, against the updates of stage 2")  # fmt: skip
     eps, _ = yardstick(run["data"], run["samples"])
     colours = eps[:POINTS, 1].argsort().argsort()  # of a noise point: how high it lies among them
@@ -322,66 +319,29 @@ def take_road(run, job):
 
 def unify(run, seeds):
     """Three distillations of one teacher, at three sizes; then the table and the picture."""
-    rows, roads = in_processes(partial(teach, run), seeds), ["MeanFlow", "consistency", "progressive"]
-    jobs = [(seed, road, width) for width in (88, 48, 18) for road in roads for seed in seeds]
+    rows = in_processes(partial(teach, run), seeds)
+    jobs = [(seed, road, width) for width in (88, 48, 18) for road in ROADS for seed in seeds]
     rows += in_processes(partial(take_road, run), jobs)
-    report(run["out"] / "unified.json", rows)
-    plot_curves(run["out"] / "unified.png", rows, "parameters", ["replay_error"], roads,
+    report(run["out"] / "unified.json", rows, FACTS, MEASURES)
+    plot_curves(run["out"] / "unified.png", rows, "parameters", {"replay_error": MEASURES["replay_error"]}, ROADS,
                 "Three distillations learn one function, the average\nvelocity, and miss it by what their size allows")
 
 
 # --- Pictures and tables ---------------------------------------------------------------------------------------------
 
-LABELS = {"share_inside": "share of samples inside the support", "sliced_w2": "sliced Wasserstein-2 to the data",
-          "replay_error": "replay error\n(squared distance to the teacher's sample)"}  # fmt: skip
-STYLES = {  # of a curve, by the "what" of its rows
-    "teacher": dict(color="black", ls="--"), "TD": dict(color=BLUE, marker="o"),
-    "TD, longer": dict(color=BLUE, marker="o", mfc="white", ls="none", label="TD, 4 times the updates"),
-    "HD: TD + DMD + AWD": dict(color=ORANGE, marker="*", ms=16),
-    "TD + DMD": dict(color=ORANGE, marker="o"), "DMD, from far off": dict(color=GREEN, marker="o"),
-    "DMD, no TD, stage 2 alone": dict(color=BLUE, marker="o", label="DMD, no TD"),
-    "DMD, no TD": dict(color=BLUE, marker="s", mfc="white", ls="none", label="DMD, no TD, with TD's updates too"),
-    "MeanFlow": dict(color=BLUE, marker="o"), "consistency": dict(color=PINK, marker="s"),
-    "progressive": dict(color=GREEN, marker="^")}  # fmt: skip
-
-
-def over_seeds(rows, key):
-    """[(row, mean, std), ...]: for each name its first row, and a measure over its seeds; std is 0 of a single one."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row["name"], []).append(row)
-    values = [[row[key] for row in group] for group in groups.values()]
-    return [(group[0], np.mean(v), np.std(v, ddof=len(v) > 1)) for group, v in zip(groups.values(), values)]
-
-
-def report(path, rows):
-    """Write the rows, and print a line for each name, with mean and spread over the seeds."""
-    write_json(path, rows)
-    print(f"{'':54} {'parameters':>10} {'calls':>5}  {'inside':<18}{'sliced W2':<18}{'replay error':<18}least, most %")
-    keys = *LABELS, "smallest_part", "largest_part"
-    for cells in zip(*(over_seeds(rows, key) for key in keys)):
-        row, (low, high) = cells[0][0], (100 * mean for _, mean, _ in cells[3:])
-        what = f"{row['what']}, width {row['width']}, {row['updates']} updates"
-        texts = [f"{mean:.4f} +- {std:.4f}" if std else f"{mean:.4f}" for _, mean, std in cells[:3]]
-        print(f"{what:54} {row['parameters']:>10} {row['nfe']:>5}  {''.join(f'{text:<18}' for text in texts)}"
-              f"{low:.1f} to {high:.1f}")  # fmt: skip
-
-
-def plot_curves(path, rows, x, measures, whats, title):
-    """A panel for each measure: mean and standard deviation over the seeds against x, a curve for each of `whats`."""
-    figure, axes = new_figure(4.4 + 3.2 * len(measures), 4.8, columns=len(measures), squeeze=False)
-    for axis, key in zip(axes[0], measures):
-        for what in whats:
-            style = {"label": what} | STYLES[what]
-            at, mean, std = zip(*over_seeds([row for row in rows if row["what"] == what], key))
-            if what != "teacher":
-                axis.errorbar([row[x] for row in at], mean, std, capsize=3, **style)
-            elif key != "replay_error":  # the teacher's own is 0
-                axis.axhline(mean[0], **style)
-        axis.set(xlabel=x, ylabel=LABELS[key], xscale="log", yscale="linear" if key == "share_inside" else "log")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    figure.suptitle(title)
-    figure.savefig(path)
+# What the pictures show: measures, with the names and the scales of their axes, and the curves of three of them.
+MEASURES = {"replay_error": ("replay error\n(squared distance to the teacher's sample)", "log"),
+            "sliced_w2": ("sliced Wasserstein-2 to the data", "log"),
+            "share_inside": ("share of samples inside the support", "linear")}  # fmt: skip
+BOTTLENECK = {"teacher": dict(color="black", ls="--"), "TD": dict(color=BLUE, marker="o"),
+              "TD, longer": dict(color=BLUE, marker="o", mfc="white", ls="none", label="TD, 4 times the updates"),
+              "HD: TD + DMD + AWD": dict(color=ORANGE, marker="*", ms=16)}  # fmt: skip
+START = {"TD + DMD": dict(color=ORANGE, marker="o"), "DMD, from far off": dict(color=GREEN, marker="o"),
+         "DMD, no TD, stage 2 alone": dict(color=BLUE, marker="o", label="DMD, no TD"),
+         "DMD, no TD": dict(color=BLUE, marker="s", mfc="white", ls="none", label="DMD, no TD, with TD's updates too")}
+FACTS = "width", "parameters", "nfe", "updates"  # columns of the printed table, before the measures
+ROADS = {"MeanFlow": dict(color=BLUE, marker="o"), "consistency": dict(color=PINK, marker="s"),
+         "progressive": dict(color=GREEN, marker="^")}  # fmt: skip
 
 
 def scatter(axis, one, colours, title):

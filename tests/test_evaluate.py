@@ -281,7 +281,7 @@ def test_the_table_of_a_run(tmp_path, kind, monkeypatch):
         dmd_refine.main([*where, "--probe"])
     meanflow_td.main([*where, *more, "--batch=8", "--teacher-steps=4", "--steps=1", "--on-data"])
     run(*where)
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "results.json").read_text())
     students = {"meanflow": 1, "td": 1, "hd": 1, "two": 1, "two, 2 calls": 2}
     others = {"data against data": 0, "teacher, Heun, w = 1.0": 50} | students
     expected = others | {f"teacher, Euler, {n} calls": n for n in (1, 2, 4, 8)}
