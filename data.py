@@ -208,11 +208,13 @@ def report(path, rows, facts, measures):
     """Write the rows as JSON, and print a line for each group of `over_seeds`: what, the facts and the measures, which
     are keys of the rows; of measures the mean +- standard deviation."""
     write_json(path, rows)
-    print(f"{'':36}" + "".join(f"{name:>11}" for name in (*facts, "seeds")) + "".join(f"{name:>19}" for name in measures))
+    print(" " * 36 + "".join(f"{name:>11}" for name in (*facts, "seeds")) + "".join(f"{key:>19}" for key in measures))
     for group in over_seeds(rows):
         line = f"{group[0]['what']:36}" + "".join(f"{group[0].get(name, ''):>11}" for name in facts)
-        values = [f"{mean:.4f}" + f" +- {std:.4f}" * bool(std) for mean, std in (mean_std(group, m) for m in measures)]
-        print(f"{line}{len(group):>11}" + "".join(f"{value:>19}" for value in values))
+        line += f"{len(group):>11}"
+        for mean, std in (mean_std(group, key) for key in measures):
+            line += (f"{mean:.4f}" + f" +- {std:.4f}" * bool(std)).rjust(19)
+        print(line)
 
 
 def plot_curves(path, rows, x, measures, curves, title):

@@ -23,12 +23,14 @@ Three players, each update moves one of them:
     fake branch <- flow matching on x_gen     discriminator <- hinge on noised x_data and x_gen     student <- L_G
 
     python dmd_refine.py --data glyphs                         # on images, from the TD student of meanflow_td.py
-    python dmd_refine.py --data glyphs --ablation --seeds 3    # which part does what: all variants, one table
+    python dmd_refine.py --data glyphs --ablation --seeds 3    # which part does what: all variants, a table, curves
+    python dmd_refine.py --data glyphs --probe                 # at which noise can a discriminator see anything?
     python dmd_refine.py --data imagenet --device cuda         # from the latents that meanflow_td.py has encoded
 
-A run adds to the folder of stage 1: <name>-seed<seed>.pt, its csv, grids in samples/, attention-<name>-seed<seed>.png.
-The paper does not state: learning rates, update ratio, lambda_adv, times of the adversarial term. OURS: the
-defaults of `refine`, found on the 2D toy, and PRESETS.
+A run adds to the folder of stage 1: <name>-seed<seed>.pt, its csv, grids in samples/, attention-<name>-seed<seed>.png,
+and in budgets/ the student after some numbers of updates, for the curves of evaluate.py.
+The paper does not state: learning rates, update ratio, lambda_adv, times of the adversarial term. OURS: the defaults of
+`refine`, found on the 2D toy, and PRESETS.
 """
 
 import argparse
@@ -275,83 +277,6 @@ def plot_attention(path, student, teacher, discriminator, eps, y, *, taps, decod
     figure.savefig(path)
 
 
-# --- The run ---------------------------------------------------------------------------------------------------------
-
-# OURS. lambda_adv: of 0.001, 0.003, 0.01 and 0.03 the nearest to the data with attention, and as good as 0.001 with the
-# mean; pull_adv is then 0.5 to 0.7 times pull_dmd, at 0.01 it is twice that. At 2e-3, lr costs recall (0.71 for 0.80).
-# Both on seed 3, 500 updates. The other numbers are of earlier versions.
-GLYPHS = dict(batch=32, steps=2000, taps=(1, 3), lambda_adv=3e-3, lr=1e-3, lr_fake=1e-3, lr_discriminator=5e-3,
-              fake_updates=2, clip=10.0)  # fmt: skip
-# PRIOR: lr, lr_fake, fake_updates, clip and lambda_adv are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official
-# code); the batch is close to its 280. OURS: steps, lr_discriminator, and the taps: four blocks, evenly spread over the
-# 28 of an XL/2. The paper tells none of them.
-IMAGENET = dict(batch=256, steps=50_000, taps=(6, 13, 20, 27), lambda_adv=3e-3, lr=2e-6, lr_fake=2e-6,
-                lr_discriminator=1e-4, fake_updates=5, clip=10.0)  # fmt: skip
-PRESETS = {"glyphs": GLYPHS, "folder": GLYPHS, "imagenet": IMAGENET}
-QUICK = {"glyphs": dict(steps=20, taps=(0, 1)), "folder": dict(steps=20, taps=(0, 1)),
-         "imagenet": dict(batch=4, steps=3, taps=(0, 1), fake_updates=2)}  # fmt: skip
-BUDGETS = 250, 500, 1000, 2000, 4000  # updates after which a student is kept, for the curves of evaluate.py
-VARIANTS = {  # of --ablation: where the student starts, and how the discriminator pools
-    "hd": ("td", "attention"), "td-mean": ("td", "mean"), "td-dmd": ("td", "none"),
-    "hd-no-td": ("teacher", "attention"), "mean-no-td": ("teacher", "mean"),
-    "dmd-no-td": ("teacher", "none")}  # fmt: skip
-
-
-def refine_images(out, name, seed, init, pooling, *, where, stage_1, plan, student_steps, passes, device, probing=None):
-    """Stage 2 on images: out/<name>-seed<seed>.pt, from the files of stage 1 in `out`. probing: only `probe`, by these.
-
-    init: "td", or "teacher" for a student without stage 1. pooling: "attention", "mean" or "none". where: of
-    `open_data`. stage_1, plan: PRESETS of the two stages. passes: (checkpointing, compiling).
-    """
-    source, teacher = open_data(**where, device=device)
-    hint = "run meanflow_td.py with the same --data and --out first"
-    if teacher is None:
-        teacher, _ = load_net(out / "teacher.pt", hint, device, two_times=False)
-    teacher.w, teacher.cfg_channels = stage_1["w"], stage_1["cfg_channels"]
-    # without stage 1 the student starts as the teacher is, which at r < t is far from an average velocity
-    student = new_network(seed, "student", lambda: student_from_teacher(teacher)).to(device)
-    if init == "td":
-        student, made = load_net(out / "td.pt", hint, device, two_times=True)
-        now = {"w": teacher.w, "cfg_channels": teacher.cfg_channels, "teacher": type(teacher).__name__}
-        was = {**made, "teacher": made["network"]["wrapper"]}
-        if other := [f"{key} = {was[key]}, not {now[key]}" for key in now if was[key] != now[key]]:
-            raise BadInput(f"{out / 'td.pt'} was distilled with {'; '.join(other)}: give the same flags")
-    fake = type(teacher)(copy.deepcopy(teacher.net))  # PAPER: starts as the teacher; unguided
-    for net in (student.net, teacher.net, fake.net):
-        net.checkpointing, net.compiling = passes
-    plan = dict(plan)
-    if absent := [tap for tap in plan["taps"] if not 0 <= tap < len(teacher.net.blocks)]:
-        raise BadInput(f"--taps {absent[0]}: the teacher has blocks 0 to {len(teacher.net.blocks) - 1}")
-    def build(pooling):
-        dims = [teacher.net.config["hidden_size"]] * len(plan["taps"])
-        return new_network(seed, "discriminator", partial(AdaptiveWeightedDiscriminator, dims, pooling)).to(device)
-
-    if probing:
-        return probe(out / "probe.png", source.draw, student, teacher, build, taps=plan["taps"], **probing)
-    discriminator = None if pooling == "none" else build(pooling)
-    eps, y = grid_noise(source, device)
-    stem = f"{name}-seed{seed}"
-
-    @torch.no_grad()
-    def look(ema, n):
-        if n in BUDGETS and n < plan["steps"]:
-            as_finished = about | {"seed": seed, "steps": n}
-            save(out / "budgets" / f"{stem}-{n:06d}.pt", {"ema": ema.state_dict(), "step": n, "config": as_finished})
-        save_grid(out / "samples" / f"{stem}-{n:06d}.png", source.decode(generate(ema, eps, y)))
-        save_grid(out / "samples" / f"{stem}-dmd-{n:06d}.png", source.decode(dmd_panels(ema, teacher, fake, eps, y)))
-
-    batch, parts = plan.pop("batch"), stage_1["parts"]
-    about = {"data": where["data"], "network": describe(student), "w": teacher.w, "init": init, "pooling": pooling,
-             "batch": batch, "student_steps": student_steps}  # fmt: skip
-    branch, make = (FakeByCalls(fake), generate_by_calls) if student_steps == 2 else (fake, generate)
-    draw = partial(source.draw, batch // parts)
-    ema = refine(out / f"{stem}.pt", student, teacher, branch, discriminator, draw, **plan, make=make, seed=seed,
-                 parts=parts, amp=device.type == "cuda", config=about, look=look, look_every=BUDGETS[0])  # fmt: skip
-    if pooling == "attention" and rank() == 0:
-        plot_attention(out / f"attention-{stem}.png", ema, teacher, discriminator, eps, y, taps=plan["taps"],
-                       decode=source.decode)  # fmt: skip
-
-
 # --- The probe: where can a discriminator see? -----------------------------------------------------------------------
 
 PROBE = dict(levels=(0.02, 0.05, 0.1, 0.2, 0.4, 0.7), images=8000, updates=400)
@@ -417,13 +342,49 @@ def probe(path, draw, student, teacher, build, *, taps, levels, images, updates)
     figure.savefig(path)
 
 
-def one_variant(job):
-    """One training of the ablation, in a process of its own."""
-    refine_images(**job)
+# --- The run ---------------------------------------------------------------------------------------------------------
+
+# OURS. lambda_adv: of 0.001, 0.003, 0.01 and 0.03, the first two bring both poolings about equally near to the data;
+# pull_adv is then up to 0.7 times pull_dmd. At 0.01 it is more than twice pull_dmd, and the distance a tenth larger.
+# At twice this lr samples vary less (recall 0.71, not 0.80). All on seed 3, 500 updates. The other numbers come from
+# earlier versions.
+GLYPHS = dict(batch=32, steps=2000, taps=(1, 3), lambda_adv=3e-3, lr=1e-3, lr_fake=1e-3, lr_discriminator=5e-3,
+              fake_updates=2, clip=10.0)  # fmt: skip
+# PRIOR: lr, lr_fake, fake_updates, clip and lambda_adv are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official
+# code); the batch is close to its 280. OURS: steps, lr_discriminator, and the taps: four blocks, evenly spread over the
+# 28 of an XL/2. The paper tells none of them.
+IMAGENET = dict(batch=256, steps=50_000, taps=(6, 13, 20, 27), lambda_adv=3e-3, lr=2e-6, lr_fake=2e-6,
+                lr_discriminator=1e-4, fake_updates=5, clip=10.0)  # fmt: skip
+PRESETS = {"glyphs": GLYPHS, "folder": GLYPHS, "imagenet": IMAGENET}
+QUICK = {"glyphs": dict(steps=20, taps=(0, 1)), "folder": dict(steps=20, taps=(0, 1)),
+         "imagenet": dict(batch=4, steps=3, taps=(0, 1), fake_updates=2)}  # fmt: skip
+BUDGETS = 250, 500, 1000, 2000, 4000  # updates after which a student is kept, for the curves of evaluate.py
+VARIANTS = {  # of --ablation: where the student starts, and how the discriminator pools
+    "hd": ("td", "attention"), "td-mean": ("td", "mean"), "td-dmd": ("td", "none"),
+    "hd-no-td": ("teacher", "attention"), "mean-no-td": ("teacher", "mean"),
+    "dmd-no-td": ("teacher", "none")}  # fmt: skip
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def open_stage_1(out, teacher, *, init, seed, w, cfg_channels, device):
+    """The student that stage 2 starts from and its teacher, from the files in `out`. teacher: a published one, or None.
+    init: "td"; or "teacher", for a student without stage 1. BadInput: a file is missing, or was made otherwise."""
+    hint = "run meanflow_td.py with the same --data and --out first"
+    if teacher is None:
+        teacher, _ = load_net(out / "teacher.pt", hint, device, two_times=False)
+    teacher.w, teacher.cfg_channels = w, cfg_channels
+    if init == "teacher":  # at r < t it is far from an average velocity
+        return new_network(seed, "student", lambda: student_from_teacher(teacher)).to(device), teacher
+    student, made = load_net(out / "td.pt", hint, device, two_times=True)
+    now = {"w": w, "cfg_channels": cfg_channels, "teacher": type(teacher).__name__}
+    was = {**made, "teacher": made["network"]["wrapper"]}
+    if other := [f"{key} = {was[key]}, not {now[key]}" for key in now if was[key] != now[key]]:
+        raise BadInput(f"{out / 'td.pt'} was distilled with {'; '.join(other)}: give the same flags")
+    return student, teacher
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)  # fmt: skip
     add_flags(parser)
     add = parser.add_argument
     add("--name", default="hd", help="of this variant, for its files (default: %(default)s)")
@@ -438,34 +399,69 @@ def main(argv=None):
     add("--probe", action="store_true", help="train no student: at which noise can a discriminator see? probe.png")
     add("--seeds", type=int, default=3, help="of --ablation (default: %(default)s)")
     args = parser.parse_args(argv)
-    device = join(args.device)
     if args.probe and args.data != "glyphs":
         raise BadInput("--probe is for --data glyphs, which are endless: it needs images that no training has seen")
     if args.ablation and args.data == "imagenet":
         raise BadInput("--ablation is not for --data imagenet: train each variant with a --name of its own")
-    plan = PRESETS[args.data] | (QUICK[args.data] if args.quick else {})
+    return args
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    device, out = join(args.device), args.out or Path("runs", args.data + "-quick" * args.quick)
+    if args.ablation:
+        rest = [word for word in argv if word != "--ablation"]  # of a flag given twice, the last counts
+        in_processes(main, [[*rest, f"--name={name}", f"--init={init}", f"--pooling={pooling}", f"--seed={seed}"]
+                            for seed in range(args.seeds) for name, (init, pooling) in VARIANTS.items()])  # fmt: skip
+        table = [sys.executable, Path(__file__).with_name("evaluate.py"), "--data", args.data, "--out", out]
+        return subprocess.run(table + ["--quick"] * args.quick, check=True)
+
     given = dict(batch=args.batch, steps=args.steps, lambda_adv=args.lambda_adv, taps=args.taps)
+    plan = PRESETS[args.data] | (QUICK[args.data] if args.quick else {})
     plan |= {key: value for key, value in given.items() if value is not None}
-    stage_1 = settings(args.data, args.quick, batch=plan["batch"], w=args.w, parts=args.parts)
-    job = dict(
-        out=args.out or Path("runs", args.data + "-quick" * args.quick), name=args.name, seed=args.seed, init=args.init,
-        pooling=args.pooling, stage_1=stage_1 | {"cfg_channels": args.cfg_channels}, plan=plan,
-        where=dict(data=args.data, data_dir=args.data_dir, size=args.size, teacher=args.teacher, vae=args.vae,
-                   cache=args.cache),
-        student_steps=args.student_steps, passes=(args.checkpointing, args.compile), device=device)  # fmt: skip
+    batch, taps, steps = plan.pop("batch"), plan["taps"], plan["steps"]
+    stage_1 = settings(args.data, args.quick, batch=batch, w=args.w, parts=args.parts)
+    source, teacher = open_data(args.data, args.data_dir, size=args.size, device=device, teacher=args.teacher,
+                                vae=args.vae, cache=args.cache)  # fmt: skip
+    student, teacher = open_stage_1(out, teacher, init=args.init, seed=args.seed, w=stage_1["w"],
+                                    cfg_channels=args.cfg_channels, device=device)  # fmt: skip
+    fake = type(teacher)(copy.deepcopy(teacher.net))  # PAPER: starts as the teacher; unguided
+    for net in (student.net, teacher.net, fake.net):
+        net.checkpointing, net.compiling = args.checkpointing, args.compile
+    if absent := [tap for tap in taps if not 0 <= tap < len(teacher.net.blocks)]:
+        raise BadInput(f"--taps {absent[0]}: the teacher has blocks 0 to {len(teacher.net.blocks) - 1}")
+
+    def build(pooling):
+        dims = [teacher.net.config["hidden_size"]] * len(taps)
+        return new_network(args.seed, "discriminator", partial(AdaptiveWeightedDiscriminator, dims, pooling)).to(device)
+
     if args.probe:
-        refine_images(**job, probing=PROBE_QUICK if args.quick else PROBE)
-        return print(f"In {job['out']}: probe.png")
-    if not args.ablation:
-        refine_images(**job)
-        if rank() == 0:
-            print(f"In {job['out']}: {args.name}-seed{args.seed}.pt and its csv, grids in samples/. Next: evaluate.py")
-        return
-    jobs = [job | dict(name=name, init=init, pooling=pooling, seed=seed)
-            for seed in range(args.seeds) for name, (init, pooling) in VARIANTS.items()]  # fmt: skip
-    in_processes(one_variant, jobs)
-    table = [sys.executable, Path(__file__).with_name("evaluate.py"), "--data", args.data, "--out", job["out"]]
-    subprocess.run(table + ["--quick"] * args.quick, check=True)
+        how = PROBE_QUICK if args.quick else PROBE
+        probe(out / "probe.png", source.draw, student, teacher, build, taps=taps, **how)
+        return print(f"In {out}: probe.png")
+    discriminator = None if args.pooling == "none" else build(args.pooling)
+    (eps, y), stem = grid_noise(source, device), f"{args.name}-seed{args.seed}"
+    about = {"data": args.data, "network": describe(student), "w": teacher.w, "init": args.init,
+             "pooling": args.pooling, "batch": batch, "student_steps": args.student_steps}  # fmt: skip
+
+    @torch.no_grad()
+    def look(ema, n):
+        if n in BUDGETS and n < steps:
+            as_finished = about | {"seed": args.seed, "steps": n}
+            save(out / "budgets" / f"{stem}-{n:06d}.pt", {"ema": ema.state_dict(), "step": n, "config": as_finished})
+        save_grid(out / "samples" / f"{stem}-{n:06d}.png", source.decode(generate(ema, eps, y)))
+        save_grid(out / "samples" / f"{stem}-dmd-{n:06d}.png", source.decode(dmd_panels(ema, teacher, fake, eps, y)))
+
+    branch, make = (FakeByCalls(fake), generate_by_calls) if args.student_steps == 2 else (fake, generate)
+    ema = refine(out / f"{stem}.pt", student, teacher, branch, discriminator,
+                 partial(source.draw, batch // stage_1["parts"]), **plan, make=make, seed=args.seed,
+                 parts=stage_1["parts"], amp=device.type == "cuda", config=about, look=look, look_every=BUDGETS[0])
+    if rank() == 0:
+        if args.pooling == "attention":
+            plot_attention(out / f"attention-{stem}.png", ema, teacher, discriminator, eps, y, taps=taps,
+                           decode=source.decode)  # fmt: skip
+        print(f"In {out}: {stem}.pt and its csv, grids in samples/. Next: evaluate.py")
 
 
 if __name__ == "__main__":

@@ -441,8 +441,9 @@ def small_data(config, source, count, seed):
     return draw, images[fifth], images[learn][:count], folder.labels[learn][:count]
 
 
-MEASURES = {"frechet": ("Frechet distance", "log"), "precision": ("precision", "linear"), "recall": ("recall", "linear"),
-            "high_power": ("power of the upper half of frequencies, over data's", "linear")}  # fmt: skip
+MEASURES = {"frechet": ("Frechet distance", "log"), "precision": ("precision", "linear"),
+            "recall": ("recall", "linear"),
+            "high_power": ("power of high frequencies, over data's", "linear")}  # fmt: skip
 COLOURS = {"attention": data.ORANGE, "mean": data.GREEN, "none": data.BLUE}
 
 
@@ -492,8 +493,8 @@ def judge_run(out, count, seed, device, quick=False):
     for what, (init, pooling) in VARIANTS.items():
         curves[what] = dict(color=COLOURS[pooling], ls="-" if init == "td" else "--", marker="o", ms=4,
                             label=f"{what}: {init}, {pooling}")  # fmt: skip
-    data.plot_curves(out / "curves.png", rows, "updates", MEASURES, curves, "Students of one call against their updates "
-                     "of stage 2. All but the last mark of a curve lie within a longer training")  # fmt: skip
+    data.plot_curves(out / "curves.png", rows, "updates", MEASURES, curves, "Students of one call against the updates "
+                     "of stage 2; all but the last mark of a curve lie within a longer training")  # fmt: skip
     plot_spectrum(out / "spectrum.png", judge.spectrum[0], spectra)
     save_grid(out / "grid.png", torch.cat(list(pictures.values())), columns=20)
     print(f"In {out}: results.json, curves.png, spectrum.png, and grid.png, a row for each of: {'; '.join(pictures)}.")

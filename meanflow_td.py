@@ -119,8 +119,9 @@ def flow_matching_loss(v_theta, x_t, v, *, t, y=None):
 # --- Samplers --------------------------------------------------------------------------------------------------------
 
 
-def time_steps(eps, steps):
-    """(t, r), each (B,), of `steps` equal steps from t = 1 down to 0. Raises ValueError for steps < 1."""
+def equal_steps(eps, steps):
+    """[(t, r), ...]: where each of `steps` equal steps from t = 1 down to 0 starts and ends, (B,) each. Raises
+    ValueError for steps < 1."""
     if steps < 1:
         raise ValueError(f"sampling takes at least 1 step, not {steps}")
     return [[eps.new_full((len(eps),), 1 - i / steps) for i in (k, k + 1)] for k in range(steps)]
@@ -130,7 +131,7 @@ def generate(net, eps, y=None, steps=1):
     """The student's samples x_0 (B, ...) from noise eps (B, ...), with their graph: what stage 2 trains through. They
     take `steps` equal jumps x_r = x_t - (t - r) u(x_t, r, t), one call each; with steps=1, x_0 = eps - u(eps, 0, 1)."""
     u, x = with_labels(net, y), eps
-    for t, r in time_steps(eps, steps):
+    for t, r in equal_steps(eps, steps):
         x = x - u(x, t=t, r=r) / steps
     return x
 
@@ -142,7 +143,7 @@ sample = torch.no_grad()(generate)  # the same without a graph
 def sample_euler(velocity, eps, y=None, steps=1):
     """The teacher's samples x_0 (B, ...) from noise eps by Euler's method: one call of velocity(x_t, t=t) a step."""
     v, x = with_labels(velocity, y), eps
-    for t, _ in time_steps(eps, steps):
+    for t, _ in equal_steps(eps, steps):
         x = x - v(x, t=t) / steps
     return x
 
@@ -151,7 +152,7 @@ def sample_euler(velocity, eps, y=None, steps=1):
 def sample_ode(velocity, eps, y=None, steps=100):
     """The teacher's samples x_0 (B, ...) from noise eps: Heun's method from t = 1 to t = 0, two calls a step."""
     v, x = with_labels(velocity, y), eps
-    for t, r in time_steps(eps, steps):
+    for t, r in equal_steps(eps, steps):
         v_t = v(x, t=t)
         v_r = v(x - v_t / steps, t=r)
         x = x - (v_t + v_r) / (2 * steps)  # a jump by the mean of the velocities at its two ends
@@ -178,15 +179,15 @@ def teacher_loss(net, generator, *, draw, null_class=None):
     return loss, {"raw_error": err.mean()}
 
 
-def student_loss(net, generator, *, draw, teacher, share_spans=0.75, times=(0.0, 1.0)):
+def student_loss(net, generator, *, draw, teacher, share_spans=0.75, t_limits=(0.0, 1.0)):
     """Stage 1: MeanFlow on the frozen teacher's velocity, guided if the teacher is. draw: as in `teacher_loss`.
 
     teacher None: MeanFlow on the data's own, noisy velocity eps - x_0. share_spans: of `draw_times`.
-    times: the first and the last that the student knows; r and t are clamped to them (see models.DiTTeacher).
+    t_limits: the least and the greatest time of the teacher; r and t are clamped to them (see models.DiTTeacher).
     """
     x_0, y = draw(generator)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
-    r, t = (time.clamp(*times) for time in draw_times(len(x_0), generator, share_spans=share_spans))
+    r, t = (time.clamp(*t_limits) for time in draw_times(len(x_0), generator, share_spans=share_spans))
     x_t = add_noise(x_0, eps, t)
     with torch.no_grad():
         v = eps - x_0 if teacher is None else with_labels(teacher, y)(x_t, t=t)
@@ -394,7 +395,7 @@ def main(argv=None):
     eps, y = grid_noise(source, device)
     draw = partial(source.draw, preset["part"])
     about = {"data": args.data, "data_dir": args.data_dir, "shape": source.shape, "batch": preset["batch"]}
-    how = dict(seed=args.seed, parts=preset["parts"], amp=device.type == "cuda")
+    common = dict(seed=args.seed, parts=preset["parts"], amp=device.type == "cuda")
 
     def look(name, sampler, ema, n):
         save_grid(out / "samples" / f"{name}-{n:06d}.png", source.decode(sampler(ema, eps, y)))
@@ -403,7 +404,7 @@ def main(argv=None):
         sizes = dict(preset["network"], input_size=args.size, in_channels=source.shape[0], num_classes=source.classes)
         net = new_network(args.seed, "teacher", lambda: Velocity(DiT(**sizes))).to(device)
         loss = partial(teacher_loss, draw=draw, null_class=source.classes)
-        teacher = train(out / "teacher.pt", net, loss, steps=preset["teacher_steps"], **preset["teacher"], **how,
+        teacher = train(out / "teacher.pt", net, loss, steps=preset["teacher_steps"], **preset["teacher"], **common,
                         config=about | {"network": describe(net)},
                         look=partial(look, "teacher", partial(sample_ode, steps=25)))  # fmt: skip
     name, w = ("meanflow", 1.0) if args.on_data else ("td", preset["w"])
@@ -412,9 +413,9 @@ def main(argv=None):
     for net in (teacher.net, student.net):
         net.checkpointing, net.compiling = args.checkpointing, args.compile
     loss = partial(student_loss, draw=draw, teacher=None if args.on_data else teacher,
-                   share_spans=preset["share_spans"], times=teacher.times)  # fmt: skip
+                   share_spans=preset["share_spans"], t_limits=teacher.times)  # fmt: skip
     about |= {"network": describe(student), "w": w, "cfg_channels": args.cfg_channels}
-    train(out / f"{name}.pt", student, loss, steps=preset["steps"], **preset["td"], **how, config=about,
+    train(out / f"{name}.pt", student, loss, steps=preset["steps"], **preset["td"], **common, config=about,
           look=partial(look, name, sample))  # fmt: skip
     if rank() == 0:
         print(f"In {out}: {name}.pt, its csv, grids in samples/. Next: dmd_refine.py, the same --data, --out, --w")

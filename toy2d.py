@@ -116,7 +116,7 @@ def sliced_w2(projections_x, projections_y):
 
 
 @cache
-def yardstick(data, samples):
+def reference(data, samples):
     """What all samples are measured by: the one noise that they are made from (samples, 2), the projected data."""
     points = DENSITIES[data][0](samples, rng(0, "judge data"))
     return torch.randn(samples, 2, generator=rng(0, "judge noise")), sorted_projections(points)
@@ -129,7 +129,7 @@ def measure(x, data, x_teacher):
     shares = torch.bincount(part[part >= 0], minlength=parts) / len(x)
     return {"share_inside": (part >= 0).float().mean().item(), "smallest_part": shares.min().item(),
             "largest_part": shares.max().item(),
-            "sliced_w2": sliced_w2(sorted_projections(x), yardstick(data, len(x))[1]),
+            "sliced_w2": sliced_w2(sorted_projections(x), reference(data, len(x))[1]),
             "replay_error": (x - x_teacher).square().sum(dim=1).mean().item()}  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def keep(run, seed, name, net, n, sampler=sample):
     """Measure a network after n updates, if a picture looks then, and keep that for `load_kept`. -> its measures"""
     if n != LAST and not {n, n - run["td_steps"]} & {*MARKS}:
         return None
-    eps, _ = yardstick(run["data"], run["samples"])
+    eps, _ = reference(run["data"], run["samples"])
     x = torch.cat([sampler(net, block) for block in eps.split(4096)])  # blocks that fit into a CPU's cache
     measures = measure(x, run["data"], x if name == "teacher" else load_kept(run, seed, "teacher")["x"])
     x = x if name == "teacher" else x[:POINTS].clone()
@@ -169,7 +169,7 @@ def teacher_of(run, seed):
                  config={"data": run["data"]})  # fmt: skip
 
 
-def teach(run, seed):
+def teacher_row(run, seed):
     """Job: the teacher of a seed. -> its row"""
     return result(run, seed, "teacher", "teacher", teacher_of(run, seed), run["teacher_steps"],
                   partial(sample_ode, steps=run["ode_steps"]), nfe=2 * run["ode_steps"])  # fmt: skip
@@ -185,7 +185,7 @@ def td_rate(width):
     return min(5e-3, 0.24 / width)
 
 
-def distil(run, job):
+def td_row(run, job):
     """Job: a student by TD. -> its row"""
     seed, name, what, width, updates = job
     loss = partial(student_loss, draw=partial(draw, run["data"], 256), teacher=teacher_of(run, seed))
@@ -195,7 +195,7 @@ def distil(run, job):
     return result(run, seed, name, what, net, updates)
 
 
-def refined(run, job):
+def refined_row(run, job):
     """Job: a student by stage 2, from TD, from random weights or from far off. -> its row"""
     seed, name, what, start, pooling, updates = job
     net, teacher, discriminator = student(seed, HD_WIDTH), teacher_of(run, seed), None
@@ -218,14 +218,14 @@ def refined(run, job):
 def story(run, seeds):
     """Teachers, their students by TD, stage 2; then the table and the pictures."""
     out, first, second = run["out"], run["td_steps"], run["refine_steps"]
-    rows = in_processes(partial(teach, run), seeds)
+    rows = in_processes(partial(teacher_row, run), seeds)
 
     # how much of the largest student's gap is a matter of training: of seed 0 only
     jobs = [(0, f"td-x{run['longer']}", "TD, longer", WIDTHS[0], run["longer"] * (first + second))]
     for seed in seeds:
         jobs += [(seed, f"td-{width}", "TD", width, first + second) for width in WIDTHS]
         jobs += [(seed, "td-start", "TD, stage 1 alone", HD_WIDTH, first)]
-    rows += in_processes(partial(distil, run), jobs)
+    rows += in_processes(partial(td_row, run), jobs)
 
     variants = [("dmd-awd", "DMD + AWD, no TD", "random", "attention", first + second),  # the longest first
                 ("dmd", "DMD, no TD", "random", "none", first + second),
@@ -234,7 +234,7 @@ def story(run, seeds):
                 ("td-dmd", "TD + DMD", "td", "none", second),
                 ("dmd-short", "DMD, no TD, stage 2 alone", "random", "none", second),
                 ("dmd-far", "DMD, from far off", "far", "none", second)]  # fmt: skip
-    rows += in_processes(partial(refined, run), [(seed, *variant) for variant in variants for seed in seeds])
+    rows += in_processes(partial(refined_row, run), [(seed, *variant) for variant in variants for seed in seeds])
 
     report(out / "results.json", rows, FACTS, [*MEASURES, "smallest_part", "largest_part"])
     plot_curves(out / "bottleneck.png", rows, "parameters", MEASURES, BOTTLENECK,
@@ -244,7 +244,7 @@ def story(run, seeds):
     plot_curves(out / "start.png", marks + [row for row in rows if row["name"] == "dmd"], "updates",
                 {key: MEASURES[key] for key in ("share_inside", "sliced_w2")}, START,
                 "Does the start matter? DMD alone from three starts, against the updates of stage 2")  # fmt: skip
-    eps, _ = yardstick(run["data"], run["samples"])
+    eps, _ = reference(run["data"], run["samples"])
     colours = eps[:POINTS, 1].argsort().argsort()  # of a noise point: how high it lies among them
     plot_story(out / "story.png", run, rows, colours)
     animate(out / "toy.gif", run, colours[:SHOWN])
@@ -286,12 +286,12 @@ def progressive_target(velocity, x_t, *, t, h):
     return (v_first + v_second) / 2
 
 
-def take_road(run, job):
+def road_row(run, job):
     """Job: a student by one of three distillations, with the updates and rates of the story's TD. -> its row"""
     seed, road, width = job
     updates, name = run["td_steps"] + run["refine_steps"], f"unify-{road}-{width}"
     if road == "MeanFlow":
-        return distil(run, (seed, f"td-{width}", road, width, updates))
+        return td_row(run, (seed, f"td-{width}", road, width, updates))
 
     def loss_of(net, generator):  # of the present round: `teacher` and `h` change below
         x_0, _ = draw(run["data"], 256, generator)
@@ -319,9 +319,9 @@ def take_road(run, job):
 
 def unify(run, seeds):
     """Three distillations of one teacher, at three sizes; then the table and the picture."""
-    rows = in_processes(partial(teach, run), seeds)
+    rows = in_processes(partial(teacher_row, run), seeds)
     jobs = [(seed, road, width) for width in (88, 48, 18) for road in ROADS for seed in seeds]
-    rows += in_processes(partial(take_road, run), jobs)
+    rows += in_processes(partial(road_row, run), jobs)
     report(run["out"] / "unified.json", rows, FACTS, MEASURES)
     plot_curves(run["out"] / "unified.png", rows, "parameters", {"replay_error": MEASURES["replay_error"]}, ROADS,
                 "Three distillations learn one function, the average\nvelocity, and miss it by what their size allows")

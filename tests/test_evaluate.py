@@ -291,6 +291,19 @@ def test_the_table_of_a_run(tmp_path, kind, monkeypatch):
     assert {"spectrum.png", "curves.png", "grid.png"} < files(tmp_path).keys()
 
 
+@pytest.mark.slow
+def test_the_ablation_is_one_command(tmp_path):
+    """Six variants in processes of their own, then the table of all."""
+    where = ["--quick", f"--out={tmp_path}", "--batch=8", "--steps=2"]
+    meanflow_td.main([*where, "--teacher-steps=4"])
+    dmd_refine.main([*where, "--ablation", "--seeds=1"])
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert dmd_refine.VARIANTS.keys() < {row["what"] for row in rows}
+    trained = [torch.load(path) for path in tmp_path.glob("*-seed0.pt")]
+    found = {(state["config"]["init"], state["config"]["pooling"]) for state in trained}
+    assert found == {*dmd_refine.VARIANTS.values()} and len({str(state["ema"]) for state in trained}) == 6
+
+
 def stage(path, net):  # a finished stage's file with this network
     config = {"data": "glyphs", "steps": 1, "network": meanflow_td.describe(net)}
     data.save(path, {"ema": net.state_dict(), "step": 1, "config": config})

@@ -151,7 +151,7 @@ def test_stage_1(m=meanflow_td):
         assert abs(eps.mean()) < 0.3 and abs(eps.std() - 1) < 0.2 and (r < t).float().mean() == 0.75
         v = eps - x_0 if source is None else teacher(x_t, t=t)
         torch.testing.assert_close(log["raw_error"], (1 - v).square().sum(1).mean(), rtol=1e-4, atol=0)
-    m.student_loss(student, rng(0, "stage 1"), draw=lambda g: (x_0, None), teacher=None, times=(0.2, 0.9))
+    m.student_loss(student, rng(0, "stage 1"), draw=lambda g: (x_0, None), teacher=None, t_limits=(0.2, 0.9))
     _, t, r = asked[-1]
     assert (r.min().item(), t.max().item()) == pytest.approx((0.2, 0.9))  # clamped
 
