@@ -1,13 +1,13 @@
 """The discriminator of stage 2: adaptive weighted discrimination (AWD).
 
-Stage 2 draws the student's samples towards the teacher's distribution by two score estimates (dmd_refine.py), and can
-be no sharper than these. A discriminator that sees real data adds what they miss: it reads the frozen teacher's own
+Stage 2 pulls the student's samples towards the teacher's distribution by two score estimates (dmd_refine.py), and makes
+them no sharper than these. A discriminator that sees real data adds what they miss: it reads the frozen teacher's own
 features of a noised image (PRIOR: LADD, Sauer et al., arXiv 2403.12015) and tells data from samples. Once a student is
 well placed by stage 1, what is still wrong with it is local, a stroke too thin or an edge too soft, while most of the
 feature map is already right. A head that averages all tokens dilutes the few that matter. AWD (PAPER: Cheng et
 al., arXiv 2511.08930) learns where to look:
 
-    f (B, N, C) -> LayerNorm -> keys k_i = K f_i, values z_i = SN linear(f_i)
+    f (B, N, C), after a LayerNorm:  keys k_i = K f_i, values z_i = SN linear(f_i)
     a      = softmax_i(q . k_i / sqrt(C))          ONE learned query q, so a (B, N) is a weight for each token
     pooled = sum_i a_i z_i                         (B, C)
     logit  = SN linear( LeakyReLU( SN linear( LayerNorm(pooled) ) ) )
@@ -16,7 +16,7 @@ al., arXiv 2511.08930) learns where to look:
 query stay free, and a LayerNorm follows the values, so this is no bound on the whole head.
 The baseline, pooling="mean", is the same head with a_i = 1/N. Nothing else differs between the two.
 
-    logits = AdaptiveWeightedDiscriminator(dims=[128])(features)      features: a list of (B, N, C), one a tapped layer
+    logits = AdaptiveWeightedDiscriminator(dims=[128])(features)      features: [(B, N, 128)], of one tapped layer
     loss_d = discriminator_hinge(logits of data, logits of samples);  loss_g = generator_hinge(logits of samples)
 
 The paper does not state: the loss (hinge here, PRIOR: LADD), the layers, and the head's width.
@@ -74,8 +74,8 @@ class AdaptiveWeightedDiscriminator(nn.Module):
 
     @torch.no_grad()
     def power_iteration(self):
-        """Bring the spectral norms a step further, and hold them there. In training mode torch would do so with every
-        forward pass: then a batch taken in parts, or by several processes, would end with other weights."""
+        """Bring the spectral norms a step further, once before each update of the discriminator, and hold them. In
+        training mode torch would do so with every forward pass, and a batch in parts would give other weights."""
         self.train()
         for head in self.heads:
             _ = head.values.weight, head.hidden.weight, head.logit.weight  # reading a weight is the step

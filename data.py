@@ -102,7 +102,7 @@ def go_on(path, parts, one_step, *, steps, config, look=None, look_every=500, ev
         values = dict(zip(log, torch.stack([value.detach().float() for value in log.values()]).tolist()))
         if bad := [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]:
             raise BadInput(f"{path.stem}, step {step}: {', '.join(bad)}. The last save is kept, and the same command "
-                           "goes on from it; a lower learning rate may help.")  # fmt: skip
+                           "goes on from it. If it ends here again: a lower rate in the script, and a new --out.")
         last = step == steps - 1
         if step % log_every == 0 or last:
             rows.append({"step": step} | values)
@@ -191,7 +191,7 @@ def new_figure(width, height, rows=1, columns=1, **options):
 
 
 def over_seeds(rows):
-    """The rows in groups that differ in their seed alone: [[row, ...], ...]."""
+    """The rows in groups of one "what", "width" and number of "updates", over all seeds: [[row, ...], ...]."""
     groups = {}
     for row in rows:
         groups.setdefault((row["what"], row.get("width"), row.get("updates")), []).append(row)
@@ -370,7 +370,7 @@ class Latents:
     """What `encode` wrote, memory-mapped. With a folder, it is called first. about: what info.json has to say of them.
     BadInput: another making, or not all latents exist."""
 
-    def __init__(self, cache, vae, folder=None, about=None):
+    def __init__(self, cache, vae, folder=None, about={}):
         if folder and ranks() == 1:
             encode(folder, vae, Path(cache), about)
         note = Path(cache, "info.json")
@@ -378,7 +378,7 @@ class Latents:
         if info["done"] != info["images"]:
             raise BadInput(f"{cache} holds {info['done']} of {info['images']} latents: run meanflow_td.py once without "
                            "torchrun, with --data-dir, until all are encoded")  # fmt: skip
-        if other := [key for key in about or () if info[key] != about[key]]:
+        if other := [key for key in about if info[key] != about[key]]:
             raise BadInput(f"{cache} holds latents of another {other[0]}: name that one, or another folder by --cache")
         self.moments = np.load(Path(cache, "moments.npy"), mmap_mode="r")
         self.rows = torch.from_numpy(np.delete(np.arange(info["images"]), info["unreadable"]))

@@ -11,10 +11,11 @@ difference of two scores (Yin et al., arXiv 2311.18828):
     x0_fake = x_t - t v_fake(x_t, t)                  that of the fake branch, which knows the STUDENT's distribution
     grad  = (x0_fake - x0_real) / mean|x_gen - x0_real|
 
-since a score is -(x_t - (1 - t) x0_guess)/t^2, and so score_fake - score_real = (1 - t)/t^2 (x0_fake - x0_real).
+A score is -(x_t - (1 - t) x0_guess)/t^2, so score_fake - score_real = (1 - t)/t^2 (x0_fake - x0_real), and grad differs
+from the exact gradient of the KL by a factor for each sample alone.
 The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen, several updates for
-each of the student's. It is always a little late, and the two scores are useful only where samples of both, student and
-teacher, lie. So a student had better start close to the teacher: that is the paper's reason for stage 1.
+each of the student's. It always lags a little behind the student, and each score is good only where its network has
+seen samples, so the two distributions should overlap from the start: that is the paper's reason for stage 1.
 The adversarial term adds what neither score knows: real data. A discriminator (awd.py) reads the frozen teacher's
 features of x_gen at a little noise, where local defects can still be seen.
 
@@ -56,9 +57,7 @@ from models import add_noise, autocast_off, expand_times, student_from_teacher, 
 # PRIOR: DMD (arXiv 2311.18828). Near t = 0 both guesses are x_t itself, near t = 1 each is the mean of its whole
 # distribution, wherever x_gen lies: there the difference of the two tells nothing about x_gen.
 T_DMD = 0.02, 0.98
-# OURS: the discriminator's times. A defect that is local, an edge too soft, drowns in more noise than this: of heads
-# trained to their end on a fixed TD student, held-out AUC was 0.93 (mean) and 0.975 (attention) for t in [0.02, 0.1],
-# and 0.55 and 0.58 at the times of DMD (glyphs, by hand, one seed).
+# OURS: the discriminator's times. A local defect, an edge too soft, drowns in more noise than this: see `probe`.
 T_ADV = 0.02, 0.15
 
 
@@ -96,7 +95,7 @@ def noised(x, generator, times):
 def fake_loss(fake, x_gen, y, generator):
     """Flow matching on the student's samples x_gen (B, ...), so that the fake branch knows their distribution.
 
-    PRIOR: at all t, also those that the student is never asked about (DMD2's code).
+    PRIOR: at all t in [0, 1], though DMD asks it only at T_DMD (DMD2's code).
     """
     x_t, noise, t = noised(x_gen, generator, (0.0, 1.0))
     return flow_matching_loss(fake, x_t, noise - x_gen, t=t, y=y)[0], {}
@@ -128,15 +127,14 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_
            "gen_mean": x_gen.mean(), "gen_std": x_gen.std()}  # fmt: skip
     loss = dmd_loss(x_gen, grad)
     if discriminator is not None:
-        def note(g):  # called in the backward pass, before the log is read
-            log["pull_adv"].copy_(g.norm())
-
-        log["pull_adv"], x = x_gen.new_zeros(()), x_gen.view_as(x_gen)
-        x.register_hook(note)
+        x = x_gen.detach().requires_grad_()  # the graph is cut here, to see how hard the term pulls
         x_t, _, t = noised(x, generator, T_ADV)
         features = teacher.features(x_t, t=t, y=y, taps=taps)
-        with autocast_off(x_gen):
-            loss = loss + lambda_adv * generator_hinge(discriminator(features))
+        with autocast_off(x):
+            adv = lambda_adv * generator_hinge(discriminator(features))
+        pull = torch.autograd.grad(adv, x)[0]
+        log["pull_adv"] = pull.norm()
+        loss = loss + adv.detach() + ((x_gen - x.detach()) * pull).sum()  # the last term is 0, and its gradient `pull`
     return loss, log
 
 
@@ -365,20 +363,20 @@ VARIANTS = {  # of --ablation: where the student starts, and how the discriminat
     "dmd-no-td": ("teacher", "none")}  # fmt: skip
 
 
-def open_stage_1(out, teacher, *, init, seed, w, cfg_channels, device):
+def open_stage_1(out, teacher, *, init, seed, device, about):
     """The student that stage 2 starts from and its teacher, from the files in `out`. teacher: a published one, or None.
-    init: "td"; or "teacher", for a student without stage 1. BadInput: a file is missing, or was made otherwise."""
-    hint = "run meanflow_td.py with the same --data and --out first"
+    init: "td"; or "teacher", for a student without stage 1. about: how the files must have been made, else BadInput."""
+    hint, made = "run meanflow_td.py with the same --data and --out first", {}
     if teacher is None:
-        teacher, _ = load_net(out / "teacher.pt", hint, device, two_times=False)
-    teacher.w, teacher.cfg_channels = w, cfg_channels
+        teacher, made = load_net(path := out / "teacher.pt", hint, device, two_times=False)
+    teacher.w, teacher.cfg_channels = about["w"], about["cfg_channels"]
     if init == "teacher":  # at r < t it is far from an average velocity
-        return new_network(seed, "student", lambda: student_from_teacher(teacher)).to(device), teacher
-    student, made = load_net(out / "td.pt", hint, device, two_times=True)
-    now = {"w": w, "cfg_channels": cfg_channels, "teacher": type(teacher).__name__}
-    was = {**made, "teacher": made["network"]["wrapper"]}
-    if other := [f"{key} = {was[key]}, not {now[key]}" for key in now if was[key] != now[key]]:
-        raise BadInput(f"{out / 'td.pt'} was distilled with {'; '.join(other)}: give the same flags")
+        student = new_network(seed, "student", lambda: student_from_teacher(teacher)).to(device)
+    else:
+        student, made = load_net(path := out / "td.pt", hint, device, two_times=True)
+    was, now = made | made.get("network", {}), about | {"wrapper": type(teacher).__name__}
+    if other := [f"{key} = {was[key]}, not {now[key]}" for key in now if was.get(key, now[key]) != now[key]]:
+        raise BadInput(f"{path} was made with {'; '.join(other)}: give the same flags")
     return student, teacher
 
 
@@ -421,11 +419,12 @@ def main(argv=None):
     plan = PRESETS[args.data] | (QUICK[args.data] if args.quick else {})
     plan |= {key: value for key, value in given.items() if value is not None}
     batch, taps, steps = plan.pop("batch"), plan["taps"], plan["steps"]
-    stage_1 = settings(args.data, args.quick, batch=batch, w=args.w, parts=args.parts)
+    shared = settings(args.data, args.quick, batch=batch, w=args.w, parts=args.parts)
     source, teacher = open_data(args.data, args.data_dir, size=args.size, device=device, teacher=args.teacher,
                                 vae=args.vae, cache=args.cache)  # fmt: skip
-    student, teacher = open_stage_1(out, teacher, init=args.init, seed=args.seed, w=stage_1["w"],
-                                    cfg_channels=args.cfg_channels, device=device)  # fmt: skip
+    about = {"data": args.data, "shape": list(source.shape), "num_classes": source.classes, "w": shared["w"],
+             "cfg_channels": args.cfg_channels}  # fmt: skip
+    student, teacher = open_stage_1(out, teacher, init=args.init, seed=args.seed, device=device, about=about)
     fake = type(teacher)(copy.deepcopy(teacher.net))  # PAPER: starts as the teacher; unguided
     for net in (student.net, teacher.net, fake.net):
         net.checkpointing, net.compiling = args.checkpointing, args.compile
@@ -442,21 +441,20 @@ def main(argv=None):
         return print(f"In {out}: probe.png")
     discriminator = None if args.pooling == "none" else build(args.pooling)
     (eps, y), stem = grid_noise(source, device), f"{args.name}-seed{args.seed}"
-    about = {"data": args.data, "network": describe(student), "w": teacher.w, "init": args.init,
-             "pooling": args.pooling, "batch": batch, "student_steps": args.student_steps}  # fmt: skip
+    about |= {"network": describe(student), "init": args.init, "pooling": args.pooling, "batch": batch,
+              "student_steps": args.student_steps}  # fmt: skip
 
-    @torch.no_grad()
     def look(ema, n):
         if n in BUDGETS and n < steps:
             as_finished = about | {"seed": args.seed, "steps": n}
             save(out / "budgets" / f"{stem}-{n:06d}.pt", {"ema": ema.state_dict(), "step": n, "config": as_finished})
-        save_grid(out / "samples" / f"{stem}-{n:06d}.png", source.decode(generate(ema, eps, y)))
+        save_grid(out / "samples" / f"{stem}-{n:06d}.png", source.decode(sample(ema, eps, y)))
         save_grid(out / "samples" / f"{stem}-dmd-{n:06d}.png", source.decode(dmd_panels(ema, teacher, fake, eps, y)))
 
     branch, make = (FakeByCalls(fake), generate_by_calls) if args.student_steps == 2 else (fake, generate)
     ema = refine(out / f"{stem}.pt", student, teacher, branch, discriminator,
-                 partial(source.draw, batch // stage_1["parts"]), **plan, make=make, seed=args.seed,
-                 parts=stage_1["parts"], amp=device.type == "cuda", config=about, look=look, look_every=BUDGETS[0])
+                 partial(source.draw, batch // shared["parts"]), **plan, make=make, seed=args.seed,
+                 parts=shared["parts"], amp=device.type == "cuda", config=about, look=look, look_every=BUDGETS[0])
     if rank() == 0:
         if args.pooling == "attention":
             plot_attention(out / f"attention-{stem}.png", ema, teacher, discriminator, eps, y, taps=taps,

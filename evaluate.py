@@ -438,7 +438,8 @@ def small_data(config, source, count, seed):
         i = learn[torch.randint(len(learn), (batch,), generator=generator)]
         return images[i], folder.labels[i]
 
-    return draw, images[fifth], images[learn][:count], folder.labels[learn][:count]
+    some = learn[torch.randperm(len(learn), generator=rng(seed, "held out"))[:count]]
+    return draw, images[fifth], images[some], folder.labels[some]
 
 
 MEASURES = {"frechet": ("Frechet distance", "log"), "precision": ("precision", "linear"),
@@ -455,7 +456,8 @@ def judge_run(out, count, seed, device, quick=False):
     draw, held_out, other, other_y = small_data(config, source, count, seed)
     classifier = train_classifier(out / "classifier.pt", draw, source.shape, source.classes, 60 if quick else 400)
     judge, rows, pictures, spectra = Judge(classifier, held_out), [], {}, {}
-    eps, y = torch.randn(count, *source.shape, generator=rng(seed, "evaluation")), torch.arange(count) % source.classes
+    eps = torch.randn(count, *source.shape, generator=rng(seed, "evaluation"))
+    y = other_y[torch.arange(count) % len(other_y)]  # classes as frequent as in the data
 
     def row(what, images, labels, **about):
         rows.append({"what": what, "seed": 0, "nfe": 0, **about, **judge(images, labels)})
@@ -472,13 +474,12 @@ def judge_run(out, count, seed, device, quick=False):
     for w in GUIDANCE[: 1 if quick else None]:
         teacher.w = w
         sampled(f"teacher, Heun, w = {w}", partial(sample_ode, teacher, steps=25), nfe=50, w=w)
-    best = min((row for row in rows if row["nfe"] == 50), key=lambda row: row["frechet"])["what"]
     patterns = "meanflow.pt", "td.pt", "*-seed*.pt", "budgets/*.pt"
     seen = set()
     for path in [path for pattern in patterns for path in sorted(out.glob(pattern))]:
         student, config = load_net(path, hint, device)
         if (key := (path.stem.split("-seed")[0], config["seed"], config["steps"])) in seen:
-            continue  # kept on the way by a longer training, which an equally long one has replaced
+            continue  # kept on the way through a longer training, and a training of just this length is there too
         seen.add(key)
         for calls in range(1, config.get("student_steps", 1) + 1):
             sampled(path.stem.split("-seed")[0] + ", 2 calls" * (calls - 1), partial(sample, student, steps=calls),
@@ -486,15 +487,7 @@ def judge_run(out, count, seed, device, quick=False):
     print(f"{count:,} images a row, {len(held_out):,} of data to compare with")
     data.report(out / "results.json", rows, ("updates", "nfe"), [*MEASURES, "class_accuracy"])
     compare(rows)
-    curves = {best: dict(color="black")}
-    for what, ls in (("td", ":"), ("meanflow", "-.")):
-        updates = max((row["updates"] for row in rows if row["what"] == what), default=0)
-        curves[what] = dict(color="black", ls=ls, label=f"{what}, {updates:,} updates of stage 1")
-    for what, (init, pooling) in VARIANTS.items():
-        curves[what] = dict(color=COLOURS[pooling], ls="-" if init == "td" else "--", marker="o", ms=4,
-                            label=f"{what}: {init}, {pooling}")  # fmt: skip
-    data.plot_curves(out / "curves.png", rows, "updates", MEASURES, curves, "Students of one call against the updates "
-                     "of stage 2; all but the last mark of a curve lie within a longer training")  # fmt: skip
+    plot_variants(out / "curves.png", rows)
     plot_spectrum(out / "spectrum.png", judge.spectrum[0], spectra)
     save_grid(out / "grid.png", torch.cat(list(pictures.values())), columns=20)
     print(f"In {out}: results.json, curves.png, spectrum.png, and grid.png, a row for each of: {'; '.join(pictures)}.")
@@ -511,6 +504,20 @@ def compare(rows):
                                                     equal_var=False).pvalue for key in MEASURES}  # fmt: skip
                 found = ", ".join(f"{key} {p:.3f}" for key, p in tests.items())
                 print(f"{' against '.join(pair)}, {updates} updates, p by Welch's test: {found}")
+
+
+def plot_variants(path, rows):
+    """curves.png: the variants of --ablation through stage 2; lines: the teacher at its best guidance, stage 1."""
+    best = min((row for row in rows if row["nfe"] == 50), key=lambda row: row["frechet"])["what"]
+    curves = {best: dict(color="black")}
+    for what, ls in (("td", ":"), ("meanflow", "-.")):
+        updates = max((row["updates"] for row in rows if row["what"] == what), default=0)
+        curves[what] = dict(color="black", ls=ls, label=f"{what}, {updates:,} updates of stage 1")
+    for what, (init, pooling) in VARIANTS.items():
+        curves[what] = dict(color=COLOURS[pooling], ls="-" if init == "td" else "--", marker="o", ms=4,
+                            label=f"{what}: {init}, {pooling}")  # fmt: skip
+    data.plot_curves(path, rows, "updates", MEASURES, curves, "Students of one call against the updates of stage 2; "
+                     "all but the last mark of a curve lie within a longer training")  # fmt: skip
 
 
 def plot_spectrum(path, reference, spectra):
@@ -637,8 +644,8 @@ def main(argv=None):
             raise BadInput(f"--steps {steps}: {sampler} takes at least {least}")
         net.w = 1.0 if own == "student" else args.w
         how = dict(sampler=sampler, steps=steps, labels=args.classes, seed=args.seed, batch=args.batch)
-        write_samples(args.out or Path("runs/samples"), args.sample, net, decode, **how,
-                      about=how | {"of": str(args.checkpoint or args.teacher), "w": net.w})  # fmt: skip
+        about = how | {"of": str(args.checkpoint or args.teacher), "vae": args.vae, "w": net.w}
+        write_samples(args.out or Path("runs/samples"), args.sample, net, decode, **how, about=about)
     elif args.images and (args.reference or args.save_npz):
         if args.save_npz:
             count, read = open_images(args.images)

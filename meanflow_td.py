@@ -21,7 +21,7 @@ things follow:
   target. If v is guided, so is the student, and guidance is off when it samples.
 
 What this stage leaves behind: at t = 1 the map from noise to data is steep wherever the path decides between two modes.
-A network of finite size rounds these cliffs off, and samples fall between the modes; toy2d.py measures it. Stage 2,
+A network of finite size smooths these steep places, and samples fall between the modes; toy2d.py measures it. Stage 2,
 dmd_refine.py, starts from there.
 
     python meanflow_td.py --data glyphs                                   # digits: trains the teacher, then its student
@@ -73,7 +73,7 @@ def draw_times(batch, generator, *, share_spans=0.75, share_to_data=0.3):
 
 
 def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
-    """u_target = sg[v - (t - r) du/dt], the right side of the MeanFlow identity (arXiv 2505.13447, eq. 10).
+    """u_target = sg[v - (t - r) du/dt], sg: no gradient; the MeanFlow identity's right side (arXiv 2505.13447, eq. 10).
 
     u_theta(x_t, t=t, r=r) -> (B, ...) is the student, called with y=y too if y (B,) is given. x_t and v (B, ...): a
     point of the path and the velocity there; r and t (B,) with r <= t. Returns u_target and du/dt, both (B, ...)
@@ -192,7 +192,8 @@ def student_loss(net, generator, *, draw, teacher, share_spans=0.75, t_limits=(0
     with torch.no_grad():
         v = eps - x_0 if teacher is None else with_labels(teacher, y)(x_t, t=t)
     loss, err = meanflow_loss(net, x_t, v, r=r, t=t, y=y)
-    return loss, {"raw_error": err.mean(), "v_error": err[r == t].mean()}
+    # v_error: of the rows with r = t alone, where u is to be the teacher's velocity
+    return loss, {"raw_error": err.mean(), "v_error": (err * (r == t)).sum() / (r == t).sum().clamp_min(1)}
 
 
 def new_network(seed, what, build):
@@ -219,7 +220,7 @@ def update(net, optimizer, loss_of, *, lr, words, parts=1, clip=20.0, amp=False)
     optimizer.zero_grad()
     device = next(net.parameters()).device
     for k in range(rank(), parts, ranks()):
-        # no cache: it would hand weights that were cast without a graph to a pass that needs one
+        # no cache: autocast would reuse weights that it cast without a graph in a pass that needs one
         with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):
             loss, log = loss_of(rng(*words, k, device=device))
         (loss / parts).backward()
@@ -261,7 +262,7 @@ def train(path, net, loss_of, *, steps, lr, seed=0, betas=(0.9, 0.99), ema_decay
     return ema
 
 
-# --- The run ---------------------------------------------------------------------------------------------------------
+# --- The run: the method ends here, and what follows opens data and files ---------------------------------------------
 
 # OURS on glyphs: all of it. w is the teacher's nearest to the data of 1, 1.25, 1.5 and 2. Stage 1 has no momentum, for
 # with it the student's errors grow: a step changes an error e by -(e + (t - r) de/dt), which turns e, and momentum
@@ -403,6 +404,7 @@ def main(argv=None):
     if teacher is None:  # stage 0
         sizes = dict(preset["network"], input_size=args.size, in_channels=source.shape[0], num_classes=source.classes)
         net = new_network(args.seed, "teacher", lambda: Velocity(DiT(**sizes))).to(device)
+        net.net.checkpointing, net.net.compiling = args.checkpointing, args.compile
         loss = partial(teacher_loss, draw=draw, null_class=source.classes)
         teacher = train(out / "teacher.pt", net, loss, steps=preset["teacher_steps"], **preset["teacher"], **common,
                         config=about | {"network": describe(net)},
@@ -418,7 +420,8 @@ def main(argv=None):
     train(out / f"{name}.pt", student, loss, steps=preset["steps"], **preset["td"], **common, config=about,
           look=partial(look, name, sample))  # fmt: skip
     if rank() == 0:
-        print(f"In {out}: {name}.pt, its csv, grids in samples/. Next: dmd_refine.py, the same --data, --out, --w")
+        todo = "evaluate.py" if args.on_data else "dmd_refine.py, the same --data, --out, --w"
+        print(f"In {out}: {name}.pt, its csv, grids in samples/. Next: {todo}")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ The convention (flow matching's linear path; Lipman et al., arXiv 2210.02747; Li
 
 A network with a single time, net(x_t, t=t), is a velocity field v: a teacher, or the fake branch of DMD. A network with
 two_times=True, net(x_t, t=t, r=r), is an average velocity u: a student. At r = t the two mean the same thing. A student
-that starts from its teacher's weights, as on images, answers at first what the unguided teacher does, whatever r is.
-The students of toy2d.py are smaller than their teacher and start at random.
+that starts from its teacher's weights, as on images, at first gives the teacher's unguided velocity, for every r. The
+students of toy2d.py are smaller than their teacher and start at random.
 Times are tensors (B,); networks take them by keyword only, and labels as y=, which the 2D network ignores.
 
 Tags in all files: PAPER, from Cheng et al., arXiv 2511.08930; PRIOR, from earlier work; OURS, our choice, which the
 paper does not state; DIFFERS, departs from a source; TRY, a place to play.
 
 In this file: conversions, forward mode, the 2D network, DiT, wrappers that make any DiT answer in our convention, the
-published samplers, the autoencoder, published weights. For the method, read up to DiT; ImageNet needs the rest.
+published samplers, the autoencoder, published weights. For the method, read up to `Velocity`; ImageNet needs the rest.
 """
 
 import argparse
@@ -92,8 +92,8 @@ def chain(**layers):
 #
 # du/dt is one pass of dual numbers: every tensor on the way carries its tangent. Torch has a rule for each operation,
 # but three of its rules (linear layer, softmax, LayerNorm) do more than they need to; `Linear` and `symmetric` below
-# answer the same. A pass with a tangent should cost as much as two without. By these rules it costs 2.4, by torch's own
-# 3.2 (33 M parameters, 256 tokens, one core). On a first reading, take them for a linear layer and for f(x).
+# answer the same. A pass with a tangent costs at least two without. By these rules it costs 2.4, by torch's own 3.2
+# (33 M parameters, 256 tokens, one core). On a first reading, take them for a linear layer and for f(x).
 
 
 class Linear(nn.Linear):
@@ -191,6 +191,8 @@ class VelocityMLP(nn.Module):
 #
 # Peebles & Xie, arXiv 2212.09748. SiT (Ma et al., arXiv 2401.08740) has its layers.
 #
+# An image becomes N tokens of D numbers:
+#
 #   image (B, C, H, W) --patches, + positions--> tokens (B, N, D) --> depth x block --> final layer --> (B, C, H, W)
 #   c = embed(t) + embed(y)   (B, D)                        each block and the final layer read c
 #
@@ -271,13 +273,6 @@ class DiTBlock(nn.Module):
         return x + gate_mlp[:, None] * self.mlp(modulate(symmetric(self.norm2, x), shift_mlp, scale_mlp))
 
 
-@cache
-def compiled_block():
-    """DiTBlock's forward(block, x, c), compiled: once for all blocks of a size, and again for each kind of pass."""
-    torch._dynamo.config.recompile_limit = 64  # stage 2 has more kinds than the 8 after which torch gives up
-    return torch.compile(DiTBlock.forward)
-
-
 class FinalLayer(nn.Module):
     """Tokens (B, N, D) and condition c (B, D) -> the numbers of each patch, (B, N, patch_numbers)."""
 
@@ -354,16 +349,6 @@ class DiT(nn.Module):
         # contiguous: of transposed tokens torch.compile (2.13, CPU) makes gradients that are wrong by a tenth
         return self.x_embedder(x_t).flatten(2).transpose(1, 2).contiguous() + self.pos_embed, c  # (B, N, D), (B, D)
 
-    def run(self, block, x, c):
-        """One block. checkpointing: keep what enters it, and compute it again in the backward pass, for a third more
-        time. compiling: by torch.compile, which would lose the tangents of du/dt."""
-        if forward_ad.unpack_dual(x).tangent is not None:
-            return block(x, c)
-        call = partial(compiled_block(), block) if self.compiling else block
-        if self.checkpointing and torch.is_grad_enabled():  # nothing in a block is random: there is no state to keep
-            return checkpoint(call, x, c, use_reentrant=False, preserve_rng_state=False)
-        return call(x, c)
-
     def forward(self, x_t, *, t, y, r=None):
         """The network's answer at x_t (B, C, H, W), time t (B,), labels y (B,) int64: (B, out_channels, H, W).
         t, and r (B,) where there are two times, go to the embedders as they are: 0 .. 999 for a published DiT, [0, 1]
@@ -387,6 +372,23 @@ class DiT(nn.Module):
         side, p = math.isqrt(x.shape[1]), self.patch_size
         x = x.unflatten(2, (p, p, self.out_channels)).unflatten(1, (side, side))  # (B, rows, columns, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, rows * p, columns * p)
+
+    def run(self, block, x, c):
+        """block(x, c); the rest is memory and speed. checkpointing: keep what enters a block, and compute it again in
+        the backward pass, for a third more time. compiling: by torch.compile, which would lose du/dt's tangents."""
+        if forward_ad.unpack_dual(x).tangent is not None:
+            return block(x, c)
+        call = partial(compiled_block(), block) if self.compiling else block
+        if self.checkpointing and torch.is_grad_enabled():  # nothing in a block is random: there is no state to keep
+            return checkpoint(call, x, c, use_reentrant=False, preserve_rng_state=False)
+        return call(x, c)
+
+
+@cache
+def compiled_block():
+    """DiTBlock's forward(block, x, c), compiled: once for all blocks of a size, and again for each kind of pass."""
+    torch._dynamo.config.recompile_limit = 64  # stage 2 has more kinds than the 8 after which torch gives up
+    return torch.compile(DiTBlock.forward)
 
 
 def student_from_teacher(teacher):

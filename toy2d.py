@@ -16,9 +16,9 @@ stopped, or only draws again.
    would, as long as all samples together have the right distribution, and that a small network can do.
 4. The controls: no TD, or a discriminator that averages its tokens. Does the start matter? DMD alone from three starts.
 
-PAPER: figure 3, quality of TD rises with size, and 50 times the size does not close the gap. OURS: density, networks
-and budget, which the paper does not give. One thing differs from images: the tokens that the discriminator weighs are
-the teacher's hidden layers, not places, so attention against mean pooling says little here.
+PAPER: figure 3, where quality of TD rises with size, and 50 times the size does not close the gap. OURS: density,
+networks and budget, which the paper does not give. One thing differs from images: the tokens that the discriminator
+weighs are the teacher's hidden layers, not places, so attention against mean pooling says little here.
 """
 
 import argparse
@@ -41,10 +41,7 @@ from models import VelocityMLP, add_noise, expand_times
 
 DEPTH, TEACHER_WIDTH, TAPS = 3, 96, (0, 1, 2)  # hidden layers of all networks; those that the discriminator reads
 HD_WIDTH, WIDTHS = 48, (168, 88, 48, 30, 18)  # of students: 92,570 to 1,820 parameters; HD has 9,170
-POINTS, SHOWN = 5000, 2000  # samples in a picture, and in the moving one
-MARKS = (25, 50, 100, 200, 400, 800, 1200, 1700, 2100)  # updates, of a stage or in all, after which pictures look
-WATCHED = ("td-start", "hd", "dmd-awd", "td-dmd", "dmd-short", "dmd-far")  # those trainings that pictures look at then
-LAST = 99_999  # stands for the end of a training, however many updates it has
+# A run is one of these two, with what to draw ("data") and where to write ("out"). longer: see `story`.
 DEFAULT = dict(teacher_steps=6000, td_steps=2100, refine_steps=1700, samples=50_000, ode_steps=32, longer=4)
 QUICK = dict(teacher_steps=150, td_steps=80, refine_steps=80, samples=2000, ode_steps=8, longer=4)
 
@@ -99,6 +96,13 @@ def draw(data, batch, generator):
 
 # --- How good is a sample? -------------------------------------------------------------------------------------------
 
+# Pictures look at the samples of these trainings after so many updates of a stage. A training without TD is as long as
+# both stages, so it is looked at again when td_steps and so many updates have passed, beside stage 2 of the others.
+WATCHED = ("td-start", "hd", "dmd-awd", "td-dmd", "dmd-short", "dmd-far")
+MARKS = (25, 50, 100, 200, 400, 800, 1200, 1700, 2100)
+LAST = 99_999  # stands for the end of a training, however many updates it has
+POINTS, SHOWN = 5000, 2000  # samples in a picture, and in the moving one
+
 
 def sorted_projections(x, count=128):
     """The points x (n, 2) projected onto `count` fixed directions, each row sorted: (count, n)."""
@@ -117,7 +121,7 @@ def sliced_w2(projections_x, projections_y):
 
 @cache
 def reference(data, samples):
-    """What all samples are measured by: the one noise that they are made from (samples, 2), the projected data."""
+    """The noise (samples, 2) that all networks sample from, and the projected data that samples are compared with."""
     points = DENSITIES[data][0](samples, rng(0, "judge data"))
     return torch.randn(samples, 2, generator=rng(0, "judge noise")), sorted_projections(points)
 
@@ -220,7 +224,7 @@ def story(run, seeds):
     out, first, second = run["out"], run["td_steps"], run["refine_steps"]
     rows = in_processes(partial(teacher_row, run), seeds)
 
-    # how much of the largest student's gap is a matter of training: of seed 0 only
+    # the largest student, trained longer (seed 0 alone): is the gap a matter of training?
     jobs = [(0, f"td-x{run['longer']}", "TD, longer", WIDTHS[0], run["longer"] * (first + second))]
     for seed in seeds:
         jobs += [(seed, f"td-{width}", "TD", width, first + second) for width in WIDTHS]
@@ -306,8 +310,8 @@ def road_row(run, job):
             loss = (err / (err.detach() + 1e-2)).mean()  # MeanFlow's adaptive weight, as on the other two roads
         return loss, {"raw_error": err.mean()}
 
-    # Progressive distillation takes six rounds, from 64 Euler steps of the teacher to one: each student starts as the
-    # one before it, which is now its teacher, and learns to step 2 h as that one steps h twice.
+    # Progressive distillation takes six rounds, from 64 Euler steps of the teacher to one: each student but
+    # the first starts as the one before it, which is now its teacher, and learns to step 2 h as that one steps h twice.
     rounds = [None] if road == "consistency" else [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
     teacher, net = teacher_of(run, seed), student(seed, width, two_times=False)
     for k, h in enumerate(rounds):

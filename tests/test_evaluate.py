@@ -291,6 +291,13 @@ def test_the_table_of_a_run(tmp_path, kind, monkeypatch):
     assert {"spectrum.png", "curves.png", "grid.png"} < files(tmp_path).keys()
 
 
+def test_a_folder_is_judged_by_all_of_its_classes(tmp_path):
+    where = pictures(tmp_path, {"a": 30, "b": 30})
+    source, _ = meanflow_td.open_data("folder", where, size=16, device="cpu")
+    _, held_out, other, y = evaluate.small_data({"data": "folder", "data_dir": where}, source, 20, seed=0)
+    assert (len(held_out), len(other), len(y), set(y.tolist())) == (12, 20, 20, {0, 1})
+
+
 @pytest.mark.slow
 def test_the_ablation_is_one_command(tmp_path):
     """Six variants in processes of their own, then the table of all."""

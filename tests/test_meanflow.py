@@ -154,6 +154,8 @@ def test_stage_1(m=meanflow_td):
     m.student_loss(student, rng(0, "stage 1"), draw=lambda g: (x_0, None), teacher=None, t_limits=(0.2, 0.9))
     _, t, r = asked[-1]
     assert (r.min().item(), t.max().item()) == pytest.approx((0.2, 0.9))  # clamped
+    _, log = m.student_loss(student, rng(0, 1), draw=lambda g: (x_0, None), teacher=teacher, share_spans=1.0)
+    assert log["v_error"] == 0  # of no row
 
 
 def test_dropout(m=meanflow_td):

@@ -250,6 +250,7 @@ BAD = {  # script, flags, what is done to the run folder before, what the senten
     "no td": (REFINE, ["--out", "run"], lambda run: (run / "td.pt").unlink(), ["td.pt is not there", "meanflow_td.py"]),
     "unfinished": (REFINE, ["--out", "run"], lambda run: unfinished(run / "td.pt"), ["holds 1 of 3", "same command"]),
     "another td": (REFINE, ["--out", "run", "--w", "2"], None, ["w = 1.5, not 2.0", "the same flags"]),
+    "another size": (REFINE, ["--out", "run", "--size", "32"], None, ["shape = [1, 16, 16], not [1, 32, 32]"]),
     "taps": (REFINE, ["--out", "run", "--taps", "0", "9"], None, ["--taps 9", "blocks 0 to 1"]),
     "negative tap": (REFINE, ["--out", "run", "--taps", "-1"], None, ["--taps -1", "blocks 0 to 1"]),
     "td as teacher": (REFINE, ["--out", "run"], lambda run: shutil.copy(run / "td.pt", run / "teacher.pt"),
