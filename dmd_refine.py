@@ -142,7 +142,7 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_
 
 
 def refine(path, student, teacher, fake, discriminator, draw, *, steps, seed=0, taps=(), lambda_adv=0.03, lr=3e-3,
-           lr_fake=2e-3, lr_discriminator=1e-3, fake_updates=3, make=generate, ema_decay=0.999, config=None, look=None,
+           lr_fake=2e-3, lr_discriminator=1e-3, fake_updates=2, make=generate, ema_decay=0.999, config=None, look=None,
            look_every=500, **how):  # fmt: skip
     """Train the student by L_G, with its two helpers; return its average network (EMA), frozen.
 
@@ -150,7 +150,7 @@ def refine(path, student, teacher, fake, discriminator, draw, *, steps, seed=0, 
     teacher: frozen, guided or not. fake: a copy of it, which is trained; without guidance, for the samples that it fits
     are guided already. discriminator: an awd.AdaptiveWeightedDiscriminator for the layers `taps` of the teacher, or
     None. make(student, eps, y): makes x_gen. draw(generator) -> x_data (B, ...), y (B,) or None. fake_updates: for each
-    of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 3, since small networks learn fast). Learning
+    of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2, since small networks learn fast). Learning
     rates are peaks, and fall to 0.
     look(ema, n): draws a picture after n updates, every look_every. how: clip, parts and amp of `meanflow_td.update`.
     As in stage 1, `go_on` calls one_step(k) for each k, saves and logs.

@@ -42,7 +42,7 @@ from models import VelocityMLP, add_noise, expand_times
 DEPTH, TEACHER_WIDTH, TAPS = 3, 96, (0, 1, 2)  # hidden layers of all networks; those that the discriminator reads
 HD_WIDTH, WIDTHS = 48, (168, 88, 48, 30, 18)  # of students: 92,570 to 1,820 parameters; HD has 9,170
 # A run is one of these two, with what to draw ("data") and where to write ("out"). longer: see `story`.
-DEFAULT = dict(teacher_steps=6000, td_steps=2100, refine_steps=1700, samples=50_000, ode_steps=32, longer=4)
+DEFAULT = dict(teacher_steps=6000, td_steps=1900, refine_steps=1900, samples=50_000, ode_steps=32, longer=4)
 QUICK = dict(teacher_steps=150, td_steps=80, refine_steps=80, samples=2000, ode_steps=8, longer=4)
 
 # --- Densities: points in the plane, and which part of the support a point lies in, -1 outside ------------------------
@@ -99,7 +99,7 @@ def draw(data, batch, generator):
 # Pictures look at the samples of these trainings after so many updates of a stage. A training without TD is as long as
 # both stages, so it is looked at again when td_steps and so many updates have passed, beside stage 2 of the others.
 WATCHED = ("td-start", "hd", "dmd-awd", "td-dmd", "dmd-short", "dmd-far")
-MARKS = (25, 50, 100, 200, 400, 800, 1200, 1700, 2100)
+MARKS = (25, 50, 100, 200, 400, 800, 1200, 1600, 1900)
 LAST = 99_999  # stands for the end of a training, however many updates it has
 POINTS, SHOWN = 5000, 2000  # samples in a picture, and in the moving one
 

@@ -118,9 +118,9 @@ def test_routing(images, monkeypatch, m=dmd_refine):
     rates = dict(lr=1e-2, lr_fake=2e-2, lr_discriminator=3e-2)
     updates = watched(m, monkeypatch, cast(images), steps=3, clip=1.5, **rates)
     student, _, fake, discriminator = [[{k == player} for k in range(4)] for player in range(4)]
-    expected = [(fake, 2e-2), (fake, 2e-2), (fake, 2e-2), (discriminator, 3e-2), (student, 1e-2)] * 3
+    expected = [(fake, 2e-2), (fake, 2e-2), (discriminator, 3e-2), (student, 1e-2)] * 3
     assert [have for *_, have in updates] == [have for have, _ in expected]
-    falling = [meanflow_td.learning_rate(k // 5, 3, peak) for k, (_, peak) in enumerate(expected)]
+    falling = [meanflow_td.learning_rate(k // 4, 3, peak) for k, (_, peak) in enumerate(expected)]
     assert [lr for lr, *_ in updates] == pytest.approx(falling)
     assert all(about == ((0.0, 0.99), 1.5) for _, about, _ in updates)
 
@@ -234,7 +234,7 @@ def test_fake_by_calls(m=dmd_refine):
     torch.testing.assert_close(branch(x_t, t=t, y=y), fake(x_t, t=t, y=y))
     branch.fake.net.register_forward_pre_hook(lambda net, args, kwargs: asked.append(kwargs["y"]), with_kwargs=True)
     refined(m, (student, teacher, branch, None, lambda generator: (x_t, y)), steps=2, make=m.generate_by_calls)
-    assert len(asked) == 8 and all(torch.equal(labels, told) for labels in asked)  # 3 updates of its own and 1 question
+    assert len(asked) == 6 and all(torch.equal(labels, told) for labels in asked)  # 2 updates of its own and 1 question
     moved = (branch.fake.net.y_embedder.embedding_table.weight != before).any(dim=1)
     assert moved.tolist() == [True, True, True, False, True, True, False, False]
 
