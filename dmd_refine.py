@@ -253,25 +253,22 @@ def dmd_panels(student, teacher, fake, eps, y, t=0.5):
 
 @torch.no_grad()
 def plot_attention(path, student, teacher, discriminator, eps, y, *, taps, decode):
-    """attention.png: eight samples, and below each where the discriminator looks, for each tapped layer; 1 is an even
-    share."""
+    """Eight samples, and below each where the discriminator looks, for each tapped layer; 1 is an even share."""
     eps, y = eps[:: len(eps) // 8][:8], y[:: len(y) // 8][:8]
     x_gen, t = generate(student, eps, y), eps.new_full((len(eps),), sum(T_ADV) / 2)
     features = teacher.features(add_noise(x_gen, eps.flip(0), t), t=t, y=y, taps=taps)
     images = to_uint8(decode(x_gen))
     figure, axes = new_figure(10, 1.4 * (1 + len(taps)), 1 + len(taps), len(images))
-    for row, tap, head, f in zip(axes, (None, *taps), (None, *discriminator.heads), (None, *features)):
-        for k, axis in enumerate(row):
-            axis.imshow(images[k].squeeze(), cmap="gray", vmin=0, vmax=255)
-            axis.set(xticks=[], yticks=[])
-            if head is not None:
-                a = head.weights(head.norm_tokens(f)).float().cpu().numpy() * f.shape[1]  # (B, N)
-                side = images.shape[1]
-                shown = axis.imshow(a[k].reshape(math.isqrt(f.shape[1]), -1), cmap="inferno", alpha=0.7, vmin=0,
-                                    vmax=a.max(), extent=(-0.5, side - 0.5, side - 0.5, -0.5))  # fmt: skip
-        if head is not None:
-            row[0].set_ylabel(f"block {tap}")
-            figure.colorbar(shown, ax=list(row), label="weight / even share")
+    for axis, image in zip(axes.T.flat, images.repeat(1 + len(taps), axis=0)):  # a column for each sample
+        axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        axis.set(xticks=[], yticks=[])
+    end = images.shape[1] - 0.5
+    for row, tap, head, f in zip(axes[1:], taps, discriminator.heads, features):
+        a = head.weights(head.norm_tokens(f)).float().cpu().numpy() * f.shape[1]  # (B, N)
+        for axis, map_ in zip(row, a.reshape(len(a), math.isqrt(f.shape[1]), -1)):
+            shown = axis.imshow(map_, cmap="inferno", alpha=0.7, vmin=0, vmax=a.max(), extent=(-0.5, end, end, -0.5))
+        row[0].set_ylabel(f"block {tap}")
+        figure.colorbar(shown, ax=list(row), label="weight / even share")
     figure.savefig(path)
 
 

@@ -397,7 +397,7 @@ def high_power(spectrum, reference):
 class Judge:
     """Compares images with held-out ones: judge(images (N, C, size, size), labels (N,)) -> {measure: float}.
     frechet, precision, recall: in the classifier's features; a distance falls as N grows, so equal N compare.
-    class_accuracy: share of images that the classifier takes for what was asked for."""
+    class_accuracy: share of images that the classifier takes for what was asked for. high_power: see there."""
 
     def __init__(self, classifier, held_out):
         self.classifier, self.spectrum = classifier, power_spectrum(held_out)
