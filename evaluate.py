@@ -265,7 +265,7 @@ def read_npz(path):
 
 
 def open_images(path, size=None):
-    """(count, read) with read(i) -> uint8 (H, W, 3), of a folder of images, or of an npz with arr_0 (N, H, W, 3).
+    """A sequence of images, uint8 (H, W, 3): a folder's, or those of an npz with arr_0 (N, H, W, 3).
     size: px, to which a folder's images are centre-cropped. BadInput: no images, too few, or of another kind."""
     if Path(path).is_dir():
         images = ImageFolder(path, size, pattern="**/*")
@@ -275,16 +275,15 @@ def open_images(path, size=None):
             raise BadInput(f"{path} needs images in arr_0, uint8 (N, H, W, 3), and has {images.dtype} {images.shape}")
     if len(images) < 4:
         raise BadInput(f"{path} holds {len(images)} images: give at least 4 for precision, and thousands for FID")
-    return len(images), images.__getitem__
+    return images
 
 
 def extract(net, images, *, resize, batch=32, label="images"):
-    """Inception's features of (count, read): {"pool": (N, 2048), "spatial": (N, 2023), "logits_no_bias": (N, 1008)}."""
-    (count, read), found = images, []
-    size = len(read(0))
+    """Inception's features of N images: {"pool": (N, 2048), "spatial": (N, 2023), "logits_no_bias": (N, 1008)}."""
+    found, size = [], len(images[0])
     with ThreadPoolExecutor(4) as pool:
-        for start in progress(range(0, count, batch), label):
-            part = list(pool.map(read, range(start, min(start + batch, count))))
+        for start in progress(range(0, len(images), batch), label):
+            part = list(pool.map(images.__getitem__, range(start, min(start + batch, len(images)))))
             if other := {image.shape[:2] for image in part} - {(size, size)}:
                 raise BadInput(f"{label}: all have to be squares of one size, and near number {start} some are {other}")
             x = torch.from_numpy(np.stack(part)).to(net.fc.weight.device).permute(0, 3, 1, 2) / 255  # (B, 3, H, W)
@@ -298,33 +297,33 @@ def score(images, reference, *, inception="inception", resize="tf1", device="cpu
     Of a reference npz, mu and sigma (and mu_s, sigma_s) are taken where it has them, as ADM's do; its images, arr_0,
     then serve precision and recall alone. The row says what was compared, and how far that is from the papers' FID-50k.
     """
-    (count, read), base, notes = open_images(images), None, []
+    gen, of_base, notes = open_images(images), None, []
     known = {} if Path(reference).is_dir() else read_npz(reference)
     net = load_weights(InceptionV3, weights(inception), inception).to(device)
     sha256 = hashlib.sha256(weights_path(inception).read_bytes()).hexdigest()
-    row = {"images": str(images), "n": count, "reference": str(reference), "resize": resize, "inception": sha256}
+    row = {"images": str(images), "n": len(gen), "reference": str(reference), "resize": resize, "inception": sha256}
     try:
-        base = extract(net, open_images(reference, size=len(read(0))), resize=resize, label="reference")
+        of_base = extract(net, open_images(reference, size=len(gen[0])), resize=resize, label="reference")
     except BadInput as error:
         if "mu" not in known:
             raise
         notes.append(f"precision and recall are left out: {error}")
-    gen = extract(net, (count, read), resize=resize)
+    of_gen = extract(net, gen, resize=resize)
     for name, feature, mu, sigma in (("FID", "pool", "mu", "sigma"), ("sFID", "spatial", "mu_s", "sigma_s")):
         if "mu" in known and mu not in known:  # pytorch-fid's files know nothing of sFID
             continue
         try:
-            theirs = (known[mu], known[sigma]) if "mu" in known else statistics(base[feature])
-            row[name] = frechet_distance(*theirs, *statistics(gen[feature]))
+            theirs = (known[mu], known[sigma]) if "mu" in known else statistics(of_base[feature])
+            row[name] = frechet_distance(*theirs, *statistics(of_gen[feature]))
         except (KeyError, ValueError) as error:
             raise BadInput(f"{reference}: {mu} and {sigma} do not belong to Inception's features ({error}); name "
                            "another --reference") from error  # fmt: skip
-    row["IS"] = inception_score(gen["logits_no_bias"])
-    if base:
-        row["precision"], row["recall"] = precision_recall(base["pool"], gen["pool"])
-    if count < 50_000:
-        notes.append(f"FID of {count} images does not compare with FID-50k: it falls as their number grows")
-    if count < 2048:
+    row["IS"] = inception_score(of_gen["logits_no_bias"])
+    if of_base:
+        row["precision"], row["recall"] = precision_recall(of_base["pool"], of_gen["pool"])
+    if len(gen) < 50_000:
+        notes.append(f"FID of {len(gen)} images does not compare with FID-50k: it falls as their number grows")
+    if len(gen) < 2048:
         notes.append("fewer than 2,048 images have a singular covariance: FID shows their number more than their look")
     return row | {"notes": "; ".join(notes)}
 
@@ -648,9 +647,9 @@ def main(argv=None):
         write_samples(args.out or Path("runs/samples"), args.sample, net, decode, **how, about=about)
     elif args.images and (args.reference or args.save_npz):
         if args.save_npz:
-            count, read = open_images(args.images)
-            np.savez(args.save_npz, arr_0=np.stack([read(i) for i in progress(range(count), "reading")]))
-            print(f"{args.save_npz}: {count:,} images of {args.images}, not resized.")
+            images = open_images(args.images)
+            np.savez(args.save_npz, arr_0=np.stack([images[i] for i in progress(range(len(images)), "reading")]))
+            print(f"{args.save_npz}: {len(images):,} images of {args.images}, not resized.")
         if args.reference:
             row = score(args.images, args.reference, inception=args.inception, resize=args.resize, device=device)
             for name, value in row.items():

@@ -99,7 +99,7 @@ def draw(data, batch, generator):
 # Pictures look at the samples of these trainings after so many updates of a stage. A training without TD is as long as
 # both stages, so it is looked at again when td_steps and so many updates have passed, beside stage 2 of the others.
 WATCHED = ("td-start", "hd", "dmd-awd", "td-dmd", "dmd-short", "dmd-far")
-MARKS = (25, 50, 100, 200, 400, 800, 1200, 1600, 1900)
+MARKS = (25, 50, 100, 200, 400, 800, 1600, 1900)
 LAST = 99_999  # stands for the end of a training, however many updates it has
 POINTS, SHOWN = 5000, 2000  # samples in a picture, and in the moving one
 
@@ -213,7 +213,7 @@ def refined_row(run, job):
         discriminator = new_network(seed, "discriminator", build)
     net = refine(run["out"] / f"seed{seed}-{name}.pt", net, teacher,
                  copy.deepcopy(teacher),  # PAPER: the fake branch starts as the teacher
-                 discriminator, partial(draw, run["data"], 1024), steps=updates, seed=seed, taps=TAPS,
+                 discriminator, partial(draw, run["data"], 512), steps=updates, seed=seed, taps=TAPS,
                  config={"data": run["data"], "start": start, "pooling": pooling},
                  look=partial(keep, run, seed, name) if name in WATCHED else None, look_every=25)  # fmt: skip
     return result(run, seed, name, what, net, updates + (start == "td") * run["td_steps"])
