@@ -46,7 +46,7 @@ def progress(items, label, **options):
 
 
 def put(path, write):
-    """write(beside), then rename: at any moment of a kill, `path` is whole, the old one or the new one."""
+    """write(beside), then rename: whenever the process is killed, `path` is whole, the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
     write(beside)
@@ -222,15 +222,19 @@ def plot_curves(path, rows, x, measures, curves, title):
     the rows. curves: {what: matplotlib's style of its curve}; a style without a marker makes a level line."""
     figure, axes = new_figure(4.4 + 3.2 * len(measures), 4.8, columns=len(measures), squeeze=False)
     for axis, (key, (label, scale)) in zip(axes[0], measures.items()):
+        ticks = set()
         for what, style in curves.items():
             groups = [group for group in over_seeds(rows) if group[0]["what"] == what]
             points = sorted((group[0].get(x, 0), *mean_std(group, key)) for group in groups)
             if points and "marker" in style:
                 at, mean, std = zip(*points)
+                ticks |= {*at}
                 axis.errorbar(at, mean, std, capsize=3, **{"label": what} | style)
             elif points and points[0][1] > 0:  # 0 has no place on a logarithmic axis
                 axis.axhline(points[0][1], **{"label": what} | style)
         axis.set(xlabel=x, ylabel=label, xscale="log", yscale=scale)
+        axis.set_xticks([], minor=True)
+        axis.set_xticks(sorted(ticks), [f"{at:,}" for at in sorted(ticks)], rotation=45, fontsize=8)
     figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.suptitle(title)
     figure.savefig(path)
@@ -368,7 +372,7 @@ def encode(folder, vae, cache, about, batch=32):
 
 class Latents:
     """What `encode` wrote, memory-mapped. With a folder, it is called first. about: what info.json has to say of them.
-    BadInput: another making, or not all latents exist."""
+    BadInput: made with other settings, or not complete."""
 
     def __init__(self, cache, vae, folder=None, about={}):
         if folder and ranks() == 1:

@@ -48,7 +48,7 @@ from torch import nn
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
 from data import BadInput, go_on, in_processes, join, new_figure, progress, rank, rng, save, save_grid, to_uint8
-from meanflow_td import (add_flags, describe, flow_matching_loss, generate, grid_noise, learning_rate, load_net,
+from meanflow_td import (add_flags, flow_matching_loss, generate, grid_noise, learning_rate, load_net,
                          new_network, open_data, sample, settings, update, update_ema)  # fmt: skip
 from models import add_noise, autocast_off, expand_times, student_from_teacher, x0_from_velocity
 
@@ -147,8 +147,8 @@ def refine(path, student, teacher, fake, discriminator, draw, *, steps, seed=0, 
     """Train the student by L_G, with its two helpers; return its average network (EMA), frozen.
 
     path: the stage's file, see `data.go_on`. student: two times, from stage 1 (or without it, for the control).
-    teacher: frozen, guided or not. fake: a copy of it, which is trained; without guidance, for the samples that it fits
-    are guided already. discriminator: an awd.AdaptiveWeightedDiscriminator for the layers `taps` of the teacher, or
+    teacher: frozen, guided or not. fake: a copy of it, which is trained; without guidance, since its samples are guided
+    already. discriminator: an awd.AdaptiveWeightedDiscriminator for the layers `taps` of the teacher, or
     None. make(student, eps, y): makes x_gen. draw(generator) -> x_data (B, ...), y (B,) or None. fake_updates: for each
     of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2, since small networks learn fast). Learning
     rates are peaks, and fall to 0.
@@ -281,7 +281,7 @@ PROBE_QUICK = dict(levels=(0.05, 0.4), images=200, updates=10)
 @torch.no_grad()
 def blur_patch(x, generator):
     """Images x (B, C, H, W), each with one patch of a quarter of its sides blurred by (1 2 1), around a random place;
-    places are drawn by how much the blur changes there, for a blurred ground would be no defect."""
+    places are drawn by how much the blur changes there, since blurring an empty ground changes nothing."""
     B, C, H, W = x.shape
     kernel = torch.tensor([1.0, 2.0, 1.0], device=x.device) / 4
     framed = F.pad(x, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None]
@@ -330,8 +330,10 @@ def probe(path, draw, student, teacher, build, *, taps, levels, images, updates)
                 wins = (scores[0][:, None] > scores[1]).float().mean()  # of all pairs: this is the AUC
                 found.append(wins.item())
             print(f"{task}, {pooling}: AUC", ", ".join(f"{auc:.3f} at t = {t}" for t, auc in zip(levels, found)))
-            axis.plot(levels, found, marker="o", label=pooling)
+            axis.plot(levels, found, marker="o", color=COLOURS[pooling], label=pooling)
         axis.set(title=task, xlabel="noise level t", xscale="log", ylabel="AUC on held-out images", ylim=(0.45, 1.02))
+        axis.set_xticks([], minor=True)
+        axis.set_xticks(levels, levels)
         axis.axvspan(*T_ADV, color="0.9", label="T_ADV, the times of the adversarial term")
         axis.legend()
     figure.savefig(path)
@@ -353,6 +355,7 @@ IMAGENET = dict(batch=256, steps=50_000, taps=(6, 13, 20, 27), lambda_adv=3e-3, 
 PRESETS = {"glyphs": GLYPHS, "folder": GLYPHS, "imagenet": IMAGENET}
 QUICK = {"glyphs": dict(steps=20, taps=(0, 1)), "folder": dict(steps=20, taps=(0, 1)),
          "imagenet": dict(batch=4, steps=3, taps=(0, 1), fake_updates=2)}  # fmt: skip
+COLOURS = {"attention": "C1", "mean": "C2", "none": "C0"}  # of pictures
 BUDGETS = 250, 500, 1000, 2000, 4000  # updates after which a student is kept, for the curves of evaluate.py
 VARIANTS = {  # of --ablation: where the student starts, and how the discriminator pools
     "hd": ("td", "attention"), "td-mean": ("td", "mean"), "td-dmd": ("td", "none"),
@@ -438,7 +441,7 @@ def main(argv=None):
         return print(f"In {out}: probe.png")
     discriminator = None if args.pooling == "none" else build(args.pooling)
     (eps, y), stem = grid_noise(source, device), f"{args.name}-seed{args.seed}"
-    about |= {"network": describe(student), "init": args.init, "pooling": args.pooling, "batch": batch,
+    about |= {"network": student.describe(), "init": args.init, "pooling": args.pooling, "batch": batch,
               "student_steps": args.student_steps}  # fmt: skip
 
     def look(ema, n):

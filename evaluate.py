@@ -8,7 +8,7 @@ these numbers are alike. FID fits a Gaussian to either cloud, and is the squared
 sFID does so with 2023 numbers that keep the place in the image. Precision is the share of generated images within the
 data's cloud, recall the share of data within the generated cloud. The Inception Score asks whether each image clearly
 shows one class, while all together show all classes. Another evaluator gives the same samples another FID: the resize
-to 299 px alone moves it by 0.1, the number of images by much more. So every row says what was compared, and by which
+to 299 px alone changes it by 0.1, the number of images much more. So every row says what was compared, and by which
 rules. Small images would have to be blown up to 299 px; a classifier trained here judges them instead.
 
     python evaluate.py --data glyphs                                             # the table of a run on small images
@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from data import BadInput, ImageFolder, glyphs, go_on, join, progress, rng, save_grid, to_float, to_uint8, write_json
-from dmd_refine import VARIANTS
+from dmd_refine import COLOURS, VARIANTS
 from meanflow_td import (learning_rate, load_net, new_network, open_data, sample, sample_euler, sample_ode,
                          update)  # fmt: skip
 from models import (AutoencoderKL, DiT, DiTTeacher, SiTTeacher, load_teacher, load_vae, load_weights,
@@ -333,7 +333,7 @@ def score(images, reference, *, inception="inception", resize="tf1", device="cpu
 # OURS: a classifier of the run's own classes takes Inception's place. Its numbers compare only with those of the same
 # classifier, so all rows of a table come from one.
 
-REFERENCE_RATIO = 4  # held-out glyphs for each image that is judged; they cost little
+REFERENCE_RATIO = 4  # held-out glyphs for each image that is judged: they cost little
 CLOUD_ROWS = 5000  # images whose features make the clouds of precision and recall; the cost grows with the square
 GUIDANCE = (1.0, 1.25, 1.5, 2.0)  # one row of the teacher each; 1 is none
 
@@ -444,7 +444,6 @@ def small_data(config, source, count, seed):
 MEASURES = {"frechet": ("Frechet distance", "log"), "precision": ("precision", "linear"),
             "recall": ("recall", "linear"),
             "high_power": ("power of high frequencies, over data's", "linear")}  # fmt: skip
-COLOURS = {"attention": data.ORANGE, "mean": data.GREEN, "none": data.BLUE}
 
 
 def judge_run(out, count, seed, device, quick=False):

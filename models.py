@@ -409,7 +409,7 @@ CLOCK = 30.0
 class Velocity(nn.Module):
     """A DiT that answers in our convention: v(x_t, t), or u(x_t, r, t) if it has two times. Its clock is CLOCK t.
     This one wraps nets trained here: teachers, students, fake branches. SiTTeacher and DiTTeacher wrap the published
-    ones, and what descends from them, by other `to_net` and `to_velocity`.
+    teachers, and their students and fake branches, by other `to_net` and `to_velocity`.
     w, cfg_channels: the guidance of a call, see `velocity`. A student's w stays 1: its teacher's is baked in."""
 
     times = 0.0, 1.0  # between which it knows its velocity; DiTTeacher has others
@@ -417,6 +417,10 @@ class Velocity(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net, self.w, self.cfg_channels = net, 1.0, 3
+
+    def describe(self):
+        """What a file has to say of this net, so that `meanflow_td.load_net` can make it again: a dict."""
+        return {"wrapper": type(self).__name__, "two_times": self.net.two_times, **self.net.config}
 
     def to_net(self, x_t, t, r=None):
         """x_t, t and r as the net takes them."""
@@ -550,8 +554,8 @@ class DiTTeacher(Velocity):
             x0_hat  = x / sqrt(a) - sqrt(1 / a - 1) eps_hat
             mean    = (beta sqrt(a') x0_hat + (1 - a') sqrt(a / a') x) / (1 - a)            arXiv 2006.11239, eq. 7
             log var = f log beta + (1 - f) log(beta (1 - a') / (1 - a)), f = (out + 1) / 2  arXiv 2102.09672, eq. 15
-        PRIOR: the official code guides eps_hat alone, and takes the conditional row's f. Where a' = 1, and the second
-        logarithm with it infinite, it takes the one of the next step up.
+        PRIOR: the official code guides eps_hat alone, and takes the conditional row's f. At the last step a' = 1, and
+        the second logarithm would be infinite: that of the next step up stands in its place.
         """
         ks, alpha_bar = self.respaced(steps)
         table, channels = [1.0, *alpha_bar.tolist()], x.shape[1]
@@ -597,7 +601,7 @@ def sample_sde(velocity, eps, y=None, steps=250, *, generator):
     The SDE has the densities p_t of the ODE, for any g(t) >= 0, and runs from t = 1 down to 0 (score = -eps_hat / t):
         dx = (v - g/2 score) dt + sqrt(g) dW          with g = 2 t:   dx = (v + eps_hat) dt + sqrt(2 t) dW
     PRIOR: SiT's published code has g = 2 t ("sigma") and 250 steps. All but the last are equal and end at t = 0.04. The
-    last goes to 0 along the drift alone, and leaves an error that no number of steps removes.
+    last goes to 0 without noise, and its error does not shrink with more steps.
     """
     if steps < 2:
         raise ValueError(f"the SDE sampler takes at least 2 steps, not {steps}")

@@ -312,7 +312,7 @@ def test_the_ablation_is_one_command(tmp_path):
 
 
 def stage(path, net):  # a finished stage's file with this network
-    config = {"data": "glyphs", "steps": 1, "network": meanflow_td.describe(net)}
+    config = {"data": "glyphs", "steps": 1, "network": net.describe()}
     data.save(path, {"ema": net.state_dict(), "step": 1, "config": config})
     return path
 
