@@ -132,7 +132,7 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_
         features = teacher.features(x_t, t=t, y=y, taps=taps)
         with autocast_off(x):
             adv = lambda_adv * generator_hinge(discriminator(features))
-        pull = torch.autograd.grad(adv, x)[0]
+            pull = torch.autograd.grad(adv, x)[0]
         log["pull_adv"] = pull.norm()
         loss = loss + adv.detach() + ((x_gen - x.detach()) * pull).sum()  # the last term is 0, and its gradient `pull`
     return loss, log
