@@ -243,10 +243,11 @@ def story(run, seeds):
     report(out / "results.json", rows, FACTS, [*MEASURES, "smallest_part", "largest_part"])
     plot_curves(out / "bottleneck.png", rows, "parameters", MEASURES, BOTTLENECK,
                 "The bottleneck: students of one call against their size. Their teacher makes many calls")  # fmt: skip
-    marks = [row | {"updates": n} | load_kept(run, row["seed"], row["name"], n)
+    two = {key: MEASURES[key] for key in ("share_inside", "sliced_w2")}
+    marks = [row | {"updates": n} | {key: load_kept(run, row["seed"], row["name"], n)[key] for key in two}
              for row in rows if row["name"] in ("td-dmd", "dmd-short", "dmd-far") for n in MARKS if n <= second]
-    plot_curves(out / "start.png", marks + [row for row in rows if row["name"] == "dmd"], "updates",
-                {key: MEASURES[key] for key in ("share_inside", "sliced_w2")}, START,
+    report(out / "start.json", marks, FACTS, two)
+    plot_curves(out / "start.png", marks + [row for row in rows if row["name"] == "dmd"], "updates", two, START,
                 "Does the start matter? DMD alone from three starts, against the updates of stage 2")  # fmt: skip
     eps, _ = reference(run["data"], run["samples"])
     colours = eps[:POINTS, 1].argsort().argsort()  # of a noise point: how high it lies among them

@@ -86,23 +86,27 @@ def test_what_it_calls_a_guess_is_tagged_in_the_code():
             assert paper in code, paper
 
 
-def told(cell):
-    """The numbers in a cell: a mean, and its spread where there are several seeds."""
-    return [float(number) for number in re.findall(r"\d+\.\d+", cell)]
+TABLES = {  # each with its file, what names a row there, and the measures of its last columns
+    "Two commands": ("toy2d", "name", ("share_inside", "sliced_w2", "replay_error")),
+    "Results in 2D": ("toy2d", "name", ("share_inside", "sliced_w2", "replay_error")),
+    "Results on images": ("glyphs", "what", ("frechet", "precision", "recall", "high_power"))}
 
 
-def test_its_table_agrees_with_the_rows_behind_it():
-    groups, keys = {}, ("share_inside", "sliced_w2", "replay_error")
-    for row in json.loads((ROOT / "figures" / "toy2d_results.json").read_text()):
-        groups.setdefault(row["name"], []).append(row)
-    shown = table("Results in 2D")
+@pytest.mark.parametrize("title", TABLES)
+def test_a_table_agrees_with_the_rows_behind_it(title):
+    """Means and, where there are several seeds, their spreads; calls and updates."""
+    file, key, measures = TABLES[title]
+    rows, shown = json.loads((ROOT / "figures" / f"{file}_results.json").read_text()), table(title)
     assert shown
     for cells in shown:
-        group = groups[cells[0].split("`")[1]]
-        for cell, key in zip(cells[-len(keys):], keys):
-            values = np.array([row[key] for row in group])
+        calls, updates = [int(cell.replace(",", "") or 0) for cell in cells[-len(measures) - 2 : -len(measures)]]
+        group = [row for row in rows if row[key] == cells[0].split("`")[1] and row.get("updates", 0) == updates]
+        assert group and all(row["nfe"] == calls for row in group), cells
+        for cell, measure in zip(cells[-len(measures):], measures):
+            values = np.array([row[measure] for row in group])
             expected = [values.mean(), values.std(ddof=1)] if len(values) > 1 else [values.mean()]
-            assert not cell or np.allclose(told(cell), expected, atol=6e-4), (cells[0], key, expected)
+            told = [float(number) for number in re.findall(r"\d+\.\d+", cell)]
+            assert not cell or np.allclose(told, expected, atol=6e-4), (cells[0], measure, expected)
 
 
 def test_requirements_are_those_that_are_imported():
