@@ -1,19 +1,19 @@
 """The discriminator of stage 2: adaptive weighted discrimination (AWD).
 
-Stage 2 pulls the student's samples towards the teacher's distribution by two score estimates (dmd_refine.py), and makes
-them no sharper than these. A discriminator that sees real data adds what they miss: it reads the frozen teacher's own
-features of a noised image (PRIOR: LADD, Sauer et al., arXiv 2403.12015) and tells data from samples. Once a student is
-well placed by stage 1, what is still wrong with it is local, a stroke too thin or an edge too soft, while most of the
-feature map is already right. A head that averages all tokens dilutes the few that matter. AWD (PAPER: Cheng et
-al., arXiv 2511.08930) learns where to look:
+Stage 2 pulls the student's samples towards the teacher's distribution by two score estimates (dmd_refine.py), and can
+make them no sharper than these. A discriminator that sees real data supplies what they miss: it reads the frozen
+teacher's own features of a noised image (PRIOR: LADD, Sauer et al., arXiv 2403.12015) and tells data from samples. Once
+a student is well placed by stage 1, what is still wrong with it is local, a stroke too thin or an edge too soft, while
+most of the feature map is already right. A head that averages all tokens dilutes the few that matter. AWD (PAPER: Cheng
+et al., arXiv 2511.08930) learns where to look:
 
     f (B, N, C), after a LayerNorm:  keys k_i = K f_i, values z_i = SN linear(f_i)
     a      = softmax_i(q . k_i / sqrt(C))          ONE learned query q, so a (B, N) is a weight for each token
     pooled = sum_i a_i z_i                         (B, C)
     logit  = SN linear( LeakyReLU( SN linear( LayerNorm(pooled) ) ) )
 
-"SN" is a spectral norm, which holds the gain of a linear layer at 1 (PRIOR: Miyato et al., arXiv 1802.05957). Keys and
-query stay free, and a LayerNorm follows the values, so this is no bound on the whole head.
+"SN" is a spectral norm, which limits a linear layer's gain to 1 (PRIOR: Miyato et al., arXiv 1802.05957). Keys and
+query stay free, and a LayerNorm follows the values, so the whole head is not bounded.
 The baseline, pooling="mean", is the same head with a_i = 1/N. Nothing else differs between the two.
 
     logits = AdaptiveWeightedDiscriminator(dims=[128])(features)      features: [(B, N, 128)], of one tapped layer

@@ -1,8 +1,8 @@
-"""What is drawn, read and saved: random numbers, images, latents, and the file that a killed run goes on from.
+"""What is drawn, read and saved: random numbers, images, latents, and the file that a killed run resumes from.
 
 Randomness is a function of (seed, stream, step), never of history. So a stage of training is ONE file, which `go_on`
-writes every minute: networks, optimisers, step. The same command again reads it and goes on, on the CPU to the same
-bits. A stage is finished when its step has reached its number of steps.
+writes every minute: networks, optimisers, step. The same command again reads it and goes on, bit for bit on the CPU. A
+stage is finished when its step has reached its number of steps.
 
 Images are uint8 (H, W, C) in files, and float (B, C, H, W) in [-1, 1] for networks. A source of training data is a
 function draw(batch, generator) -> x_0 (B, ...), y (B,): `draw_glyphs`, `ImageFolder.draw`, `Latents.draw`.

@@ -1,18 +1,18 @@
 """Stage 2: refine the one-step student by distribution matching (DMD) and an adversarial loss (AWD).
 
-Stage 1 asks that each noise point becomes the teacher's own sample of it. A small network can't do this for all points.
-This stage drops it: it no longer matters WHICH sample a noise point becomes, only that all samples together have the
-teacher's distribution. For that, minimise KL(student || teacher) on noised samples, whose gradient is a
-difference of two scores (Yin et al., arXiv 2311.18828):
+Stage 1 maps each noise point to the teacher's own sample of it. A small network can't do this for all points. This
+stage drops it: WHICH sample a noise point becomes no longer matters, only that all samples together have the teacher's
+distribution. For that, minimise KL(student || teacher) on noised samples, whose gradient is a difference of two scores
+(Yin et al., arXiv 2311.18828):
 
     x_gen = eps - u(eps, 0, 1)                        the student's sample, one call
     x_t   = (1 - t) x_gen + t noise                   t in [0.02, 0.98]
     x0_real = x_t - t v_real(x_t, t)                  the frozen teacher's guess of the clean sample
-    x0_fake = x_t - t v_fake(x_t, t)                  that of the fake branch, which knows the STUDENT's distribution
+    x0_fake = x_t - t v_fake(x_t, t)                  the fake branch's, which knows the STUDENT's distribution
     grad  = (x0_fake - x0_real) / mean|x_gen - x0_real|
 
-A score is -(x_t - (1 - t) x0_guess)/t^2, so score_fake - score_real = (1 - t)/t^2 (x0_fake - x0_real), and grad differs
-from the exact gradient of the KL by a factor for each sample alone.
+A score is -(x_t - (1 - t) x0_guess)/t^2, so score_fake - score_real = (1 - t)/t^2 (x0_fake - x0_real), and grad is the
+gradient of the KL up to a factor for each sample.
 The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen, several updates for
 each of the student's. It always lags a little behind the student, and each score is good only where its network has
 seen samples, so the two distributions should overlap from the start: that is the paper's reason for stage 1.
@@ -29,9 +29,9 @@ Three players, each update moves one of them:
     python dmd_refine.py --data imagenet --device cuda         # from the latents that meanflow_td.py has encoded
 
 A run adds to the folder of stage 1: <name>-seed<seed>.pt, its csv, grids in samples/, attention-<name>-seed<seed>.png,
-and in budgets/ the student after some numbers of updates, for the curves of evaluate.py.
+and in budgets/ the student at several updates, for the curves of evaluate.py.
 The paper does not state: learning rates, update ratio, lambda_adv, times of the adversarial term. OURS: the defaults of
-`refine`, found on the 2D toy, and PRESETS.
+`refine`, found on the 2D toy, and GLYPHS; IMAGENET follows DMD2.
 """
 
 import argparse
@@ -55,7 +55,7 @@ from models import add_noise, autocast_off, expand_times, student_from_teacher, 
 # --- The losses ------------------------------------------------------------------------------------------------------
 
 # PRIOR: DMD (arXiv 2311.18828). Near t = 0 both guesses are x_t itself, near t = 1 each is the mean of its whole
-# distribution, wherever x_gen lies: there the difference of the two tells nothing about x_gen.
+# distribution, wherever x_gen lies: there the difference of the two says nothing about x_gen.
 T_DMD = 0.02, 0.98
 # OURS: the discriminator's times. A local defect, an edge too soft, drowns in more noise than this: see `probe`.
 T_ADV = 0.02, 0.15
@@ -349,7 +349,7 @@ GLYPHS = dict(batch=32, steps=2000, taps=(1, 3), lambda_adv=3e-3, lr=1e-3, lr_fa
               fake_updates=2, clip=10.0)  # fmt: skip
 # PRIOR: lr, lr_fake, fake_updates, clip and lambda_adv are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official
 # code); the batch is close to its 280. OURS: steps, lr_discriminator, and the taps: four blocks, evenly spread over the
-# 28 of an XL/2. The paper tells none of them.
+# 28 of an XL/2. The paper states none of them.
 IMAGENET = dict(batch=256, steps=50_000, taps=(6, 13, 20, 27), lambda_adv=3e-3, lr=2e-6, lr_fake=2e-6,
                 lr_discriminator=1e-4, fake_updates=5, clip=10.0)  # fmt: skip
 PRESETS = {"glyphs": GLYPHS, "folder": GLYPHS, "imagenet": IMAGENET}

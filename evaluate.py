@@ -1,7 +1,7 @@
 """Scores images with the metrics of the papers: FID, sFID, Inception Score, precision and recall.
 
 A classifier, InceptionV3 of 2015, turns each image into 2048 numbers. Two sets of images are alike if the clouds of
-these numbers are alike. FID fits a Gaussian to either cloud, and is the squared Frechet distance of the two:
+these numbers are alike. FID is the squared Frechet distance of Gaussians fitted to the two:
 
     FID = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
 
@@ -9,7 +9,7 @@ sFID does so with 2023 numbers that keep the place in the image. Precision is th
 data's cloud, recall the share of data within the generated cloud. The Inception Score asks whether each image clearly
 shows one class, while all together show all classes. Another evaluator gives the same samples another FID: the resize
 to 299 px alone changes it by 0.1, the number of images much more. So every row says what was compared, and by which
-rules. Small images would have to be blown up to 299 px; a classifier trained here judges them instead.
+rules. Small images are judged by a classifier trained here, not blown up to 299 px.
 
     python evaluate.py --data glyphs                                             # the table of a run on small images
     python evaluate.py --sample 50000 --checkpoint runs/imagenet/hd-seed0.pt     # images, and then

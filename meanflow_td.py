@@ -12,13 +12,13 @@ arXiv 2505.13447),
 
     u = v - (t - r) du/dt              du/dt = v . grad_x u + d_t u
 
-and it needs only what is known at one point of the path. du/dt is ONE forward-mode pass of the student (a product of
-its Jacobian and a vector), with the tangents (v, 0, 1) for (x, r, t). The right side, held fixed, is the target. Two
+and it needs only what is known at one point of the path. du/dt is ONE forward-mode pass of the student (a
+Jacobian-vector product), with the tangents (v, 0, 1) for (x, r, t). The right side, held fixed, is the target. Two
 things follow:
 
-- At r = t the identity says u = v: flow matching is MeanFlow with r = t.
+- At r = t the identity says u = v: MeanFlow with r = t is flow matching.
 - The teacher's v is a function of (x_t, t), while eps - x_0 is a noisy sample of it: distillation has a deterministic
-  target. If v is guided, so is the student, and guidance is off when it samples.
+  target. If v is guided, so is the student, and it samples without guidance.
 
 What this stage leaves behind: at t = 1 the map from noise to data is steep wherever the path decides between two modes.
 A network of finite size smooths these steep places, and samples fall between the modes; toy2d.py measures it. Stage 2,

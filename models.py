@@ -11,16 +11,17 @@ The convention (flow matching's linear path; Lipman et al., arXiv 2210.02747; Li
     x_r = x_t - (t - r) u(x_t, r, t)                                     so one step is x_0 = eps - u(eps, 0, 1)
 
 A network with a single time, net(x_t, t=t), is a velocity field v: a teacher, or the fake branch of DMD. A network with
-two_times=True, net(x_t, t=t, r=r), is an average velocity u: a student. At r = t the two mean the same thing. A student
-that starts from its teacher's weights, as on images, at first gives the teacher's unguided velocity, for every r. The
-students of toy2d.py are smaller than their teacher and start at random.
-Times are tensors (B,); networks take them by keyword only, and labels as y=, which the 2D network ignores.
+two_times=True, net(x_t, t=t, r=r), is an average velocity u: a student. At r = t, u is v. On images a student starts
+from its teacher's weights, and at first gives the unguided velocity, whatever r is. The students of toy2d.py are
+smaller than their teacher and start at random.
+Times are tensors (B,); networks take them by keyword only, and so labels, y=, which the 2D network ignores.
 
 Tags in all files: PAPER, from Cheng et al., arXiv 2511.08930; PRIOR, from earlier work; OURS, our choice, which the
 paper does not state; DIFFERS, departs from a source; TRY, a place to play.
 
 In this file: conversions, forward mode, the 2D network, DiT, wrappers that make any DiT answer in our convention, the
-published samplers, the autoencoder, published weights. For the method, read up to `Velocity`; ImageNet needs the rest.
+published samplers, the autoencoder, published weights. For the method, read up to DiT, and `Velocity`; ImageNet needs
+the rest.
 """
 
 import argparse
@@ -214,7 +215,7 @@ def sinusoid_angles(x, n):
 
 def grid_positions(channels, side):
     """The fixed position vectors of a side x side grid of tokens, row by row: (1, side^2, channels).
-    The first half of the channels tells the column, the second half the row, each as sines, then cosines."""
+    The first half of the channels holds the column, the second half the row, each as sines, then cosines."""
     i = torch.arange(side * side, dtype=torch.float64)  # float64: a table computed once can be exact
     angles = [sinusoid_angles(axis, channels // 4) for axis in (i % side, i // side)]  # column, row
     return torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1)[None].float()
@@ -792,7 +793,7 @@ def load_teacher(name):
         return DiT(
             math.isqrt(state["pos_embed"].shape[1]) * patch_size, patch_size, in_channels, hidden_size,
             depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
-            num_heads=16 if hidden_size == 1152 else max(1, hidden_size // 64),  # PRIOR: DiT's Table 1; no shape tells
+            num_heads=16 if hidden_size == 1152 else max(1, hidden_size // 64),  # PRIOR: DiT's Table 1; not in a shape
             mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / hidden_size,
             num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
             learn_sigma=len(state["final_layer.linear.bias"]) == 2 * in_channels * patch_size**2)  # fmt: skip

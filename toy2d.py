@@ -4,16 +4,16 @@
     python toy2d.py --quick      all of it, small           python toy2d.py --unify       three methods, one function
 
 It leaves pictures, results.json and a csv for each training in runs/toy2d/. The same command again goes on where it was
-stopped, or only draws again.
+stopped, or only redraws.
 
 1. A teacher learns the velocity field of a density by flow matching. It samples by Heun's method, with 64 calls.
 2. The bottleneck. Students of many sizes learn the teacher's average velocity by MeanFlow (TD, meanflow_td.py) and
    sample with ONE call. How close to the teacher's own sample of the same noise (replay error), how close to the data
    (sliced Wasserstein-2), and how many samples lie inside the support? Bigger is better, but not by enough: the map
    from noise to data has cliffs where the path chooses between two squares, and a smooth network builds bridges there.
-3. The way past. A SMALL student takes the first part of its updates from TD, the others from distribution matching
-   and an adversarial loss (dmd_refine.py, awd.py). It may now answer a noise point with another sample than the teacher
-   would, as long as all samples together have the right distribution, and that a small network can do.
+3. The way past. A SMALL student takes the first part of its updates from TD, the others from distribution matching and
+   an adversarial loss (dmd_refine.py, awd.py). A noise point may now become another sample than the teacher's, as long
+   as all samples together have the right distribution: a small network can do that.
 4. The controls: no TD, or a discriminator that averages its tokens. Does the start matter? DMD alone from three starts.
 
 PAPER: figure 3, where quality of TD rises with size, and 50 times the size does not close the gap. OURS: density,
