@@ -90,8 +90,8 @@ def go_on(path, parts, one_step, *, steps, config, look=None, look_every=500, ev
         was = state.get("config", {})
         for key in config | was:
             if was.get(key) != config.get(key):
-                raise BadInput(f"{path} was made with {key} = {was.get(key)}, not {config.get(key)}: name another "
-                               "folder by --out, or remove it")  # fmt: skip
+                raise BadInput(f"{path} was made with {key} = {was.get(key)}, not {config.get(key)}: give the "
+                               "same flags, or name another folder by --out, or remove it")  # fmt: skip
         for name, part in parts.items():
             part.load_state_dict(state[name])
         first, rows = state["step"], state["rows"]

@@ -385,7 +385,7 @@ def parse(argv):
                                      allow_abbrev=False)  # fmt: skip
     add_flags(parser)
     add = parser.add_argument
-    add("--name", default="hd", help="of this variant, for its files (default: %(default)s)")
+    add("--name", default="hd", help="of this variant, its files and its random numbers (default: %(default)s)")
     add("--init", choices=("td", "teacher"), default="td", help="teacher: without stage 1 (default: %(default)s)")
     add("--pooling", choices=("attention", "mean", "none"), default="attention",
         help="of the discriminator's tokens; none: no discriminator (default: %(default)s)")

@@ -451,6 +451,9 @@ def judge_run(out, count, seed, device, quick=False):
     hint = "run meanflow_td.py with the same --data and --out first"
     teacher, config = load_net(out / "teacher.pt", hint, device)
     source, _ = open_data(config["data"], config["data_dir"], size=config["shape"][1], device=device)
+    patterns = "meanflow.pt", "td.pt", "*-seed*.pt", "budgets/*.pt"
+    paths = [path for pattern in patterns for path in sorted(out.glob(pattern))]
+    students = [(path.stem.split("-seed")[0], *load_net(path, hint, device)) for path in paths]
     draw, held_out, other, other_y = small_data(config, source, count, seed)
     classifier = train_classifier(out / "classifier.pt", draw, source.shape, source.classes, 60 if quick else 400)
     judge, rows, pictures, spectra = Judge(classifier, held_out), [], {}, {}
@@ -472,15 +475,13 @@ def judge_run(out, count, seed, device, quick=False):
     for w in GUIDANCE[: 1 if quick else None]:
         teacher.w = w
         sampled(f"teacher, Heun, w = {w}", partial(sample_ode, teacher, steps=25), nfe=50, w=w)
-    patterns = "meanflow.pt", "td.pt", "*-seed*.pt", "budgets/*.pt"
     seen = set()
-    for path in [path for pattern in patterns for path in sorted(out.glob(pattern))]:
-        student, config = load_net(path, hint, device)
-        if (key := (path.stem.split("-seed")[0], config["seed"], config["steps"])) in seen:
+    for name, student, config in students:
+        if (key := (name, config["seed"], config["steps"])) in seen:
             continue  # kept on the way through a longer training, and a training of just this length is there too
         seen.add(key)
         for calls in range(1, config.get("student_steps", 1) + 1):
-            sampled(path.stem.split("-seed")[0] + ", 2 calls" * (calls - 1), partial(sample, student, steps=calls),
+            sampled(name + ", 2 calls" * (calls - 1), partial(sample, student, steps=calls),
                     nfe=calls, seed=config["seed"], updates=config["steps"])  # fmt: skip
     print(f"{count:,} images a row, {len(held_out):,} of data to compare with")
     data.report(out / "results.json", rows, ("updates", "nfe"), [*MEASURES, "class_accuracy"])
