@@ -367,7 +367,7 @@ def plot_story(path, run, rows, colours):
     for axis, name in zip(axes.flat[1:], names):
         title = "{what}\nwidth {width}, calls: {nfe}".format(**of_name[name])
         scatter(axis, load_kept(run, 0, name), colours, title)
-    figure.suptitle("One colour is one noise point in all panels: it shows how high that point lay in the noise")
+    figure.suptitle("A sample's colour shows how high its noise point lay, in all panels")
     figure.savefig(path)
 
 
