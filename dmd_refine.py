@@ -274,7 +274,7 @@ def plot_attention(path, student, teacher, discriminator, eps, y, *, taps, decod
 
 # --- The probe: where can a discriminator see? -----------------------------------------------------------------------
 
-PROBE = dict(levels=(0.02, 0.05, 0.1, 0.2, 0.4, 0.7), images=8000, updates=400)
+PROBE = dict(levels=(0.02, 0.1, 0.2, 0.7), images=8000, updates=400)
 PROBE_QUICK = dict(levels=(0.05, 0.4), images=200, updates=10)
 
 
