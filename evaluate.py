@@ -514,9 +514,9 @@ def plot_variants(path, rows):
         curves[what] = dict(color="black", ls=ls, label=f"{what}, {updates:,} updates of stage 1")
     for what, (init, pooling) in VARIANTS.items():
         curves[what] = dict(color=COLOURS[pooling], ls="-" if init == "td" else "--", marker="o", ms=4,
-                            label=f"{what}: {init}, {pooling}")  # fmt: skip
-    data.plot_curves(path, rows, "updates", MEASURES, curves, "Students of one call against the updates of stage 2; "
-                     "all but the last mark of a curve lie within a longer training")  # fmt: skip
+                            label=f"{what}: from {init}, discriminator {pooling}")  # fmt: skip
+    data.plot_curves(path, rows, "updates", MEASURES, curves, "Students of one call against the updates of stage 2. "
+                     "The earlier marks of a curve are the same trainings on their way")  # fmt: skip
 
 
 def plot_spectrum(path, reference, spectra):
