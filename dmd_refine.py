@@ -147,11 +147,11 @@ def refine(path, student, teacher, fake, discriminator, draw, *, steps, seed=0, 
     """Train the student by L_G, with its two helpers; return its average network (EMA), frozen.
 
     path: the stage's file, see `data.go_on`. student: two times, from stage 1 (or without it, for the control).
-    teacher: frozen, guided or not. fake: a copy of it, which is trained; without guidance, since its samples are guided
-    already. discriminator: an awd.AdaptiveWeightedDiscriminator for the layers `taps` of the teacher, or
-    None. make(student, eps, y): makes x_gen. draw(generator) -> x_data (B, ...), y (B,) or None. fake_updates: for each
-    of the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2, since small networks learn fast). Learning
-    rates are peaks, and fall to 0.
+    teacher: frozen, guided or not. fake: a copy of it, which is trained; unguided, since the student's samples have the
+    guidance in them. discriminator: an awd.AdaptiveWeightedDiscriminator for the layers `taps` of the teacher, or None.
+    make(student, eps, y): makes x_gen. draw(generator) -> x_data (B, ...), y (B,) or None. fake_updates: for each of
+    the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2, since small networks learn fast). Learning rates
+    are peaks, and fall to 0.
     look(ema, n): draws a picture after n updates, every look_every. how: clip, parts and amp of `meanflow_td.update`.
     As in stage 1, `go_on` calls one_step(k) for each k, saves and logs.
     """

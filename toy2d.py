@@ -311,8 +311,8 @@ def road_row(run, job):
             loss = (err / (err.detach() + 1e-2)).mean()  # MeanFlow's adaptive weight, as on the other two roads
         return loss, {"raw_error": err.mean()}
 
-    # Progressive distillation takes six rounds, from 64 Euler steps of the teacher to one: each student but
-    # the first starts as the one before it, which is now its teacher, and learns to step 2 h as that one steps h twice.
+    # Progressive distillation takes six rounds, from 64 Euler steps of the teacher to one. Each student but the first
+    # starts as the one before it, which is now its teacher. It learns to step 2 h as its teacher steps h twice.
     rounds = [None] if road == "consistency" else [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
     teacher, net = teacher_of(run, seed), student(seed, width, two_times=False)
     for k, h in enumerate(rounds):
