@@ -1,8 +1,7 @@
 """What is drawn, read and saved: random numbers, images, latents, and the file that a killed run resumes from.
 
 Randomness is a function of (seed, stream, step), never of history. So a stage of training is ONE file, which `go_on`
-writes every minute: networks, optimisers, step. The same command again reads it and goes on, bit for bit on the CPU. A
-stage is finished when its step has reached its number of steps.
+writes every minute: networks, optimisers, step. The same command again reads it and goes on, bit for bit on the CPU.
 
 Images are uint8 (H, W, C) in files, and float (B, C, H, W) in [-1, 1] for networks. A source of training data is a
 function draw(batch, generator) -> x_0 (B, ...), y (B,): `draw_glyphs`, `ImageFolder.draw`, `Latents.draw`.
@@ -73,6 +72,14 @@ def load(path, hint):
         raise BadInput(f"{path} can't be read ({type(error).__name__}). Remove it, or name another file.") from error
 
 
+def check_made(path, was, now):
+    """BadInput unless `was`, the dict that says how `path` was made, agrees with the dict `now`."""
+    for key, value in json.loads(json.dumps(now)).items():  # as it is read back: tuples become lists
+        if was.get(key) != value:
+            raise BadInput(f"{path} was made with {key} = {was.get(key)!s:.99}, not {value!s:.99}: give the same flags, "
+                           "or name another folder (--out, --cache), or remove it")  # fmt: skip
+
+
 def go_on(path, parts, one_step, *, steps, config, look=None, look_every=500, every=60.0, log_every=100):
     """Call one_step(k) -> {name: scalar tensor} for k = 0 .. steps - 1, or from where an earlier call was stopped.
 
@@ -83,15 +90,10 @@ def go_on(path, parts, one_step, *, steps, config, look=None, look_every=500, ev
     """
     if steps < 1:
         raise BadInput(f"{path.stem} with {steps} steps: give at least 1")
-    config = json.loads(json.dumps(config | {"steps": steps}))  # as it will be read back: tuples become lists
-    first, rows, saved = 0, [], time.monotonic()
+    config, first, rows, saved = json.loads(json.dumps(config | {"steps": steps})), 0, [], time.monotonic()
     if path.exists():
         state = load(path, "")
-        was = state.get("config", {})
-        for key in config | was:
-            if was.get(key) != config.get(key):
-                raise BadInput(f"{path} was made with {key} = {was.get(key)}, not {config.get(key)}: give the "
-                               "same flags, or name another folder by --out, or remove it")  # fmt: skip
+        check_made(path, state.get("config", {}), config)
         for name, part in parts.items():
             part.load_state_dict(state[name])
         first, rows = state["step"], state["rows"]
@@ -190,42 +192,39 @@ def new_figure(width, height, rows=1, columns=1, **options):
 # Results are rows: dicts of "what" was run, its "seed", other facts, and measures.
 
 
-def over_seeds(rows):
-    """The rows in groups of one "what", "width" and number of "updates", over all seeds: [[row, ...], ...]."""
-    groups = {}
+def over_seeds(rows, facts, measures):
+    """One row for all rows of one "what" and the same facts: "seeds", how many they are, and of each of the measures its
+    mean and standard deviation (0 of a single row)."""
+    groups, joined = {}, []
     for row in rows:
-        groups.setdefault((row["what"], row.get("width"), row.get("updates")), []).append(row)
-    return list(groups.values())
-
-
-def mean_std(group, key):
-    """A measure's mean and standard deviation over the rows of a group; the latter is 0 of a single row."""
-    values = [row[key] for row in group]
-    return np.mean(values), np.std(values, ddof=len(values) > 1)
+        groups.setdefault((row["what"], *map(row.get, facts)), []).append(row)
+    for group in groups.values():
+        values = {key: [row[key] for row in group] for key in measures}
+        spread = {key: (np.mean(of_key), np.std(of_key, ddof=len(group) > 1)) for key, of_key in values.items()}
+        joined.append(group[0] | spread | {"seeds": len(group)})
+    return joined
 
 
 def report(path, rows, facts, measures):
-    """Write the rows as JSON, and print a line for each group of `over_seeds`: what, the facts and the measures, which
-    are keys of the rows; of measures the mean +- standard deviation."""
+    """Write the rows as JSON, and print those of `over_seeds`: what, the facts, the measures as mean +- deviation."""
     write_json(path, rows)
-    print(" " * 36 + "".join(f"{name:>11}" for name in (*facts, "seeds")) + "".join(f"{key:>19}" for key in measures))
-    for group in over_seeds(rows):
-        line = f"{group[0]['what']:36}" + "".join(f"{group[0].get(name, ''):>11}" for name in facts)
-        line += f"{len(group):>11}"
-        for mean, std in (mean_std(group, key) for key in measures):
-            line += (f"{mean:.4f}" + f" +- {std:.4f}" * bool(std)).rjust(19)
-        print(line)
+    shown = [*facts, "seeds"]
+    print(" " * 36 + "".join(f"{name:>11}" for name in shown) + "".join(f"{key:>19}" for key in measures))
+    for row in over_seeds(rows, facts, measures):
+        numbers = (f"{row[key][0]:.4f}" + f" +- {row[key][1]:.4f}" * bool(row[key][1]) for key in measures)
+        line = f"{row['what']:36}" + "".join(f"{row.get(name, ''):>11}" for name in shown)
+        print(line + "".join(f"{number:>19}" for number in numbers))
 
 
 def plot_curves(path, rows, x, measures, curves, title):
     """A panel for each of measures, {key: (label, its axis' scale)}: mean and spread over the seeds against x, a key of
     the rows. curves: {what: matplotlib's style of its curve}; a style without a marker makes a level line."""
     figure, axes = new_figure(4.4 + 3.2 * len(measures), 4.8, columns=len(measures), squeeze=False)
+    joined = over_seeds(rows, [x], measures)
     for axis, (key, (label, scale)) in zip(axes[0], measures.items()):
         ticks = set()
         for what, style in curves.items():
-            groups = [group for group in over_seeds(rows) if group[0]["what"] == what]
-            points = sorted((group[0].get(x, 0), *mean_std(group, key)) for group in groups)
+            points = sorted((row.get(x, 0), *row[key]) for row in joined if row["what"] == what)
             if points and "marker" in style:
                 at, mean, std = zip(*points)
                 ticks |= {*at}
@@ -327,12 +326,15 @@ class ImageFolder:
             raise BadInput(f"{self.paths[i]} can't be read as an image ({error}): repair or remove it") from error
         return np.asarray(centre_crop(image, self.size) if self.size else image)
 
+    def read(self, rows):
+        """Images of the indices `rows`: float (B, 3, size, size) in [-1, 1]."""
+        with ThreadPoolExecutor(8) as pool:  # Pillow decodes outside of Python's lock
+            return to_float(np.stack(list(pool.map(self.__getitem__, rows))))
+
     def draw(self, batch, generator):
         """Images, each equally likely: x_0 (batch, 3, size, size), labels y (batch,)."""
         i = torch.randint(len(self), (batch,), generator=generator, device=generator.device).cpu()
-        with ThreadPoolExecutor(8) as pool:  # Pillow decodes outside of Python's lock
-            images = np.stack(list(pool.map(self.__getitem__, i.tolist())))
-        return to_float(images).to(generator.device), self.labels[i].to(generator.device)
+        return self.read(i.tolist()).to(generator.device), self.labels[i].to(generator.device)
 
 
 @torch.no_grad()
@@ -341,33 +343,22 @@ def encode(folder, vae, cache, about, batch=32):
 
     A latent is a Gaussian, so its mean and log-variance are kept; a latent can't be mirrored, so both views are.
     cache/moments.npy: float16 (N, 2 views, mean and logvar, C, h, w); info.json: what it is, and how much is done.
-    about: {name: value} that must be as it was, such as the VAE's sha256. An unreadable image is named and left out.
+    about: {name: value} that must be as it was, such as the VAE's sha256. BadInput: it is not; an unreadable image.
     """
-    cache.mkdir(parents=True, exist_ok=True)
     note, about = cache / "info.json", about | {"images": len(folder), "size": folder.size, "classes": folder.classes}
-    info = json.loads(note.read_text()) if note.exists() else about | {"done": 0, "unreadable": []}
-    if changed := [key for key in about if info.get(key) != about[key]]:
-        raise BadInput(f"{cache} holds latents of other {', '.join(changed)}: name another folder by --cache")
+    info = json.loads(note.read_text()) if note.exists() else about | {"done": 0}
+    check_made(cache, info, about)
+    cache.mkdir(parents=True, exist_ok=True)
     np.save(cache / "labels.npy", folder.labels.numpy())
-
-    def read(i):
-        try:
-            return folder[i]
-        except BadInput as error:
-            tqdm.write(f"left out: {error}", file=sys.stderr)
-            info["unreadable"].append(i)
-            return np.zeros((folder.size, folder.size, 3), np.uint8)
-
-    with ThreadPoolExecutor(8) as pool:
-        for start in progress(range(info["done"], len(folder), batch), "encoding"):
-            rows = range(start, min(start + batch, len(folder)))
-            x = to_float(np.stack(list(pool.map(read, rows)))).to(next(vae.parameters()).device)
-            views = torch.stack([torch.stack(vae.encode(v), 1) for v in (x, x.flip(3))], 1)  # (B, 2, 2, C, h, w)
-            shape = len(folder), *views.shape[1:]
-            moments = np.lib.format.open_memmap(cache / "moments.npy", "r+" if start else "w+", np.float16, shape)
-            moments[start : rows.stop] = views.half().cpu()
-            moments.flush()  # before the note, which vouches for it
-            write_json(note, info | {"done": rows.stop, "unreadable": sorted(info["unreadable"])})
+    for start in progress(range(info["done"], len(folder), batch), "encoding"):
+        rows = range(start, min(start + batch, len(folder)))
+        x = folder.read(rows).to(next(vae.parameters()).device)
+        views = torch.stack([torch.stack(vae.encode(v), 1) for v in (x, x.flip(3))], 1)  # (B, 2, 2, C, h, w)
+        shape = len(folder), *views.shape[1:]
+        moments = np.lib.format.open_memmap(cache / "moments.npy", "r+" if start else "w+", np.float16, shape)
+        moments[start : rows.stop] = views.half().cpu()
+        moments.flush()  # before the note, which vouches for it
+        write_json(note, info | {"done": rows.stop})
 
 
 class Latents:
@@ -382,17 +373,15 @@ class Latents:
         if info["done"] != info["images"]:
             raise BadInput(f"{cache} holds {info['done']} of {info['images']} latents: run meanflow_td.py once without "
                            "torchrun, with --data-dir, until all are encoded")  # fmt: skip
-        if other := [key for key in about if info[key] != about[key]]:
-            raise BadInput(f"{cache} holds latents of another {other[0]}: name that one, or another folder by --cache")
+        check_made(cache, info, about)
         self.moments = np.load(Path(cache, "moments.npy"), mmap_mode="r")
-        self.rows = torch.from_numpy(np.delete(np.arange(info["images"]), info["unreadable"]))
         self.labels = torch.from_numpy(np.load(Path(cache, "labels.npy")))
         self.classes, self.shape, self.scale = info["classes"], self.moments.shape[3:], vae.scale
 
     def draw(self, batch, generator):
         """Latents of images and mirror images, all equally likely: x_0 (batch, C, h, w), labels y (batch,)."""
         device = generator.device
-        i = self.rows[torch.randint(len(self.rows), (batch,), generator=generator, device=device).cpu()]
+        i = torch.randint(len(self.labels), (batch,), generator=generator, device=device).cpu()
         view = torch.randint(2, (batch,), generator=generator, device=device).cpu()
         mean, logvar = torch.from_numpy(self.moments[i, view]).to(device).float().unbind(1)
         noise = torch.randn(mean.shape, generator=generator, device=device)

@@ -28,8 +28,8 @@ Three players, each update moves one of them:
     python dmd_refine.py --data glyphs --probe                 # at which noise can a discriminator see anything?
     python dmd_refine.py --data imagenet --device cuda         # from the latents that meanflow_td.py has encoded
 
-A run adds to the folder of stage 1: <name>-seed<seed>.pt, its csv, grids in samples/, attention-<name>-seed<seed>.png,
-and in budgets/ the student at several updates, for the curves of evaluate.py.
+A run adds to the folder of stage 1: <name>-seed<seed>.pt, its csv, in samples/ grids and `panels`, and in budgets/ the
+student at several updates, for the curves of evaluate.py.
 The paper does not state: learning rates, update ratio, lambda_adv, times of the adversarial term. OURS: the defaults of
 `refine`, found on the 2D toy, and GLYPHS; IMAGENET follows DMD2.
 """
@@ -47,10 +47,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
-from data import BadInput, go_on, in_processes, join, new_figure, progress, rank, rng, save, save_grid, to_uint8
+from data import (BadInput, check_made, go_on, in_processes, join, plot_curves, progress, rank, report, rng, save,
+                  save_grid)  # fmt: skip
 from meanflow_td import (add_flags, flow_matching_loss, generate, grid_noise, learning_rate, load_net,
                          new_network, open_data, sample, settings, update, update_ema)  # fmt: skip
-from models import add_noise, autocast_off, expand_times, student_from_teacher, x0_from_velocity
+from models import DiT, add_noise, autocast_off, expand_times, student_from_teacher, x0_from_velocity
 
 # --- The losses ------------------------------------------------------------------------------------------------------
 
@@ -238,38 +239,27 @@ class FakeByCalls(nn.Module):
 
 
 @torch.no_grad()
-def dmd_panels(student, teacher, fake, eps, y, t=0.5):
-    """What DMD compares, for ten of the noises eps: x_gen, x0_real and x0_fake at its noised x_t, the gradient (scaled
-    to be seen): (40, C, H, W). Where x0_real and x0_fake look the same, the student has nothing more to learn, or the
-    fake branch has not followed."""
+def panels(student, teacher, fake, discriminator, eps, y, *, taps, decode, t=0.5):
+    """What stage 2 sees of ten samples, row by row (rows * 10, C, H, W): x_gen; x0_real and x0_fake at its noised x_t;
+    the gradient, scaled to be seen. Where x0_real and x0_fake look the same, the student has nothing more to learn, or
+    the fake branch has not followed. Then for each tapped layer where the discriminator looks: grey is a token with an
+    even share of the weight, black one with none, white one with twice its share or more.
+    """
     eps, y = eps[:: len(eps) // 10][:10], y[:: len(y) // 10][:10]
     x_gen, times = generate(student, eps, y), eps.new_full((len(eps),), t)
     x_t = add_noise(x_gen, eps.flip(0), times)
     v_real, v_fake = teacher(x_t, t=times, y=y), fake(x_t, t=times, y=y)
     x0_real, x0_fake = x0_from_velocity(x_t, times, v_real), x0_from_velocity(x_t, times, v_fake)
     grad = dmd_gradient(x_gen, x_t, t=times, v_real=v_real, v_fake=v_fake)
-    return torch.cat([x_gen, x0_real, x0_fake, grad / grad.abs().max().clamp_min(1e-12)])
-
-
-@torch.no_grad()
-def plot_attention(path, student, teacher, discriminator, eps, y, *, taps, decode):
-    """Eight samples, and below each where the discriminator looks, for each tapped layer; 1 is an even share."""
-    eps, y = eps[:: len(eps) // 8][:8], y[:: len(y) // 8][:8]
-    x_gen, t = generate(student, eps, y), eps.new_full((len(eps),), sum(T_ADV) / 2)
-    features = teacher.features(add_noise(x_gen, eps.flip(0), t), t=t, y=y, taps=taps)
-    images = to_uint8(decode(x_gen))
-    figure, axes = new_figure(10, 1.4 * (1 + len(taps)), 1 + len(taps), len(images))
-    for axis, image in zip(axes.T.flat, images.repeat(1 + len(taps), axis=0)):  # a column for each sample
-        axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-        axis.set(xticks=[], yticks=[])
-    end = images.shape[1] - 0.5
-    for row, tap, head, f in zip(axes[1:], taps, discriminator.heads, features):
-        a = head.weights(head.norm_tokens(f)).float().cpu().numpy() * f.shape[1]  # (B, N)
-        for axis, map_ in zip(row, a.reshape(len(a), math.isqrt(f.shape[1]), -1)):
-            shown = axis.imshow(map_, cmap="inferno", alpha=0.7, vmin=0, vmax=a.max(), extent=(-0.5, end, end, -0.5))
-        row[0].set_ylabel(f"block {tap}")
-        figure.colorbar(shown, ax=list(row), label="weight / even share")
-    figure.savefig(path)
+    rows = [decode(x) for x in (x_gen, x0_real, x0_fake, grad / grad.abs().max().clamp_min(1e-12))]
+    if discriminator is not None:
+        times = times.fill_(sum(T_ADV) / 2)
+        features = teacher.features(add_noise(x_gen, eps.flip(0), times), t=times, y=y, taps=taps)
+        for head, f in zip(discriminator.heads, features):
+            share = head.weights(head.norm_tokens(f)) * f.shape[1]  # (B, N), 1 is even
+            side = math.isqrt(f.shape[1])
+            rows.append(F.interpolate(share.view(-1, 1, side, side) - 1, rows[0].shape[2:]).expand_as(rows[0]))
+    return torch.cat(rows)
 
 
 # --- The probe: where can a discriminator see? -----------------------------------------------------------------------
@@ -303,14 +293,12 @@ def probe(path, draw, student, teacher, build, *, taps, levels, images, updates)
     x_data, y = draw(images, rng(0, "probe", device=next(student.parameters()).device))
     x_gen = torch.cat([sample(student, torch.randn(part.shape, generator=rng(0, "probe", k)).to(part), labels)
                        for k, (part, labels) in enumerate(zip(x_data.split(250), y.split(250)))])  # fmt: skip
-    tasks = {"data or samples of the student": x_gen,
-             "clean, or one patch blurred": blur_patch(x_data, rng(1, "probe", device=x_data.device))}  # fmt: skip
-    learn = images * 3 // 4
-    figure, axes = new_figure(10, 4.2, columns=2, sharey=True)
-    for axis, (task, x_other) in zip(axes, tasks.items()):
-        for pooling in ("attention", "mean"):
-            found = []
-            for t in progress(levels, f"{task}: {pooling}"):
+    tasks = {"AUC, student": x_gen, "AUC, patch": blur_patch(x_data, rng(1, "probe", device=x_data.device))}
+    learn, rows = images * 3 // 4, []
+    for pooling in ("attention", "mean"):
+        for t in progress(levels, pooling):
+            rows.append({"what": pooling, "t": t})
+            for task, x_other in tasks.items():
                 net = build(pooling)
                 optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
 
@@ -322,21 +310,18 @@ def probe(path, draw, student, teacher, build, *, taps, levels, images, updates)
                 for k in range(updates):
                     net.power_iteration()
                     update(net, optimizer, loss_of, lr=learning_rate(k, updates, 5e-3), words=("probe", k))
-                with torch.no_grad():
-                    scores = []
-                    for x in (x_data[learn:], x_other[learn:]):
+                scores = []
+                for x in (x_data[learn:], x_other[learn:]):
+                    with torch.no_grad():
                         x_t, _, times = noised(x, rng(2, "probe", device=x.device), (t, t))
                         scores.append(net(teacher.features(x_t, t=times, y=y[learn:], taps=taps)).mean(1))
-                wins = (scores[0][:, None] > scores[1]).float().mean()  # of all pairs: this is the AUC
-                found.append(wins.item())
-            print(f"{task}, {pooling}: AUC", ", ".join(f"{auc:.3f} at t = {t}" for t, auc in zip(levels, found)))
-            axis.plot(levels, found, marker="o", color=COLOURS[pooling], label=pooling)
-        axis.set(title=task, xlabel="noise level t", xscale="log", ylabel="AUC on held-out images", ylim=(0.45, 1.02))
-        axis.set_xticks([], minor=True)
-        axis.set_xticks(levels, levels)
-        axis.axvspan(*T_ADV, color="0.9", label="T_ADV, the times of the adversarial term")
-        axis.legend()
-    figure.savefig(path)
+                # the share of all pairs of which the right one has the larger score: this is the AUC
+                rows[-1][task] = (scores[0][:, None] > scores[1]).float().mean().item()
+    report(path.with_suffix(".json"), rows, ["t"], tasks)
+    labels = "data or samples of the student, AUC", "clean, or one patch blurred, AUC"
+    curves = {pooling: dict(color=COLOURS[pooling], marker="o") for pooling in ("attention", "mean")}
+    plot_curves(path, rows, "t", {task: (label, "linear") for task, label in zip(tasks, labels)}, curves,
+                f"What a discriminator sees at noise t. The adversarial term has t in {T_ADV}")  # fmt: skip
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
@@ -366,17 +351,16 @@ VARIANTS = {  # of --ablation: where the student starts, and how the discriminat
 def open_stage_1(out, teacher, *, init, seed, device, about):
     """The student that stage 2 starts from and its teacher, from the files in `out`. teacher: a published one, or None.
     init: "td"; or "teacher", for a student without stage 1. about: how the files must have been made, else BadInput."""
-    hint, made = "run meanflow_td.py with the same --data and --out first", {}
+    hint, path, made = "run meanflow_td.py with the same --data and --out first", out / "teacher.pt", {}
     if teacher is None:
-        teacher, made = load_net(path := out / "teacher.pt", hint, device, two_times=False)
+        teacher, made = load_net(path, hint, device, two_times=False)
     teacher.w, teacher.cfg_channels = about["w"], about["cfg_channels"]
     if init == "teacher":  # at r < t it is far from an average velocity
         student = new_network(seed, "student", lambda: student_from_teacher(teacher)).to(device)
     else:
         student, made = load_net(path := out / "td.pt", hint, device, two_times=True)
-    was, now = made | made.get("network", {}), about | {"wrapper": type(teacher).__name__}
-    if other := [f"{key} = {was[key]}, not {now[key]}" for key in now if was.get(key, now[key]) != now[key]]:
-        raise BadInput(f"{path} was made with {'; '.join(other)}: give the same flags")
+    made, about = made | made.get("network", {}), about | {"wrapper": type(teacher).__name__}
+    check_made(path, made, {key: about[key] for key in about if key in made})
     return student, teacher
 
 
@@ -415,19 +399,15 @@ def main(argv=None):
         table = [sys.executable, Path(__file__).with_name("evaluate.py"), "--data", args.data, "--out", out]
         return subprocess.run(table + ["--quick"] * args.quick, check=True)
 
-    given = dict(batch=args.batch, steps=args.steps, lambda_adv=args.lambda_adv, taps=args.taps)
-    plan = PRESETS[args.data] | (QUICK[args.data] if args.quick else {})
-    plan |= {key: value for key, value in given.items() if value is not None}
-    batch, taps, steps = plan.pop("batch"), plan["taps"], plan["steps"]
-    shared = settings(args.data, args.quick, batch=batch, w=args.w, parts=args.parts)
+    plan = settings(PRESETS, QUICK, **vars(args))
+    batch, part, taps, steps = plan.pop("batch"), plan.pop("part"), plan["taps"], plan["steps"]
     source, teacher = open_data(args.data, args.data_dir, size=args.size, device=device, teacher=args.teacher,
                                 vae=args.vae, cache=args.cache)  # fmt: skip
-    about = {"data": args.data, "shape": list(source.shape), "num_classes": source.classes, "w": shared["w"],
+    about = {"data": args.data, "shape": list(source.shape), "num_classes": source.classes, "w": args.w,
              "cfg_channels": args.cfg_channels}  # fmt: skip
     student, teacher = open_stage_1(out, teacher, init=args.init, seed=args.seed, device=device, about=about)
     fake = type(teacher)(copy.deepcopy(teacher.net))  # PAPER: starts as the teacher; unguided
-    for net in (student.net, teacher.net, fake.net):
-        net.checkpointing, net.compiling = args.checkpointing, args.compile
+    DiT.checkpointing, DiT.compiling = args.checkpointing, args.compile
     if absent := [tap for tap in taps if not 0 <= tap < len(teacher.net.blocks)]:
         raise BadInput(f"--taps {absent[0]}: the teacher has blocks 0 to {len(teacher.net.blocks) - 1}")
 
@@ -449,16 +429,14 @@ def main(argv=None):
             as_finished = about | {"seed": args.seed, "steps": n}
             save(out / "budgets" / f"{stem}-{n:06d}.pt", {"ema": ema.state_dict(), "step": n, "config": as_finished})
         save_grid(out / "samples" / f"{stem}-{n:06d}.png", source.decode(sample(ema, eps, y)))
-        save_grid(out / "samples" / f"{stem}-dmd-{n:06d}.png", source.decode(dmd_panels(ema, teacher, fake, eps, y)))
+        seen = panels(ema, teacher, fake, discriminator, eps, y, taps=taps, decode=source.decode)
+        save_grid(out / "samples" / f"{stem}-panels-{n:06d}.png", seen)
 
     branch, make = (FakeByCalls(fake), generate_by_calls) if args.student_steps == 2 else (fake, generate)
     ema = refine(out / f"{stem}.pt", student, teacher, branch, discriminator,
-                 partial(source.draw, batch // shared["parts"]), **plan, make=make, seed=args.seed,
-                 parts=shared["parts"], amp=device.type == "cuda", config=about, look=look, look_every=BUDGETS[0])
+                 partial(source.draw, part), **plan, make=make, seed=args.seed,
+                 amp=device.type == "cuda", config=about, look=look, look_every=BUDGETS[0])
     if rank() == 0:
-        if args.pooling == "attention":
-            plot_attention(out / f"attention-{stem}.png", ema, teacher, discriminator, eps, y, taps=taps,
-                           decode=source.decode)  # fmt: skip
         print(f"In {out}: {stem}.pt and its csv, grids in samples/. Next: evaluate.py")
 
 

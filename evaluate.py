@@ -1,15 +1,15 @@
 """Scores images with the metrics of the papers: FID, sFID, Inception Score, precision and recall.
 
-A classifier, InceptionV3 of 2015, turns each image into 2048 numbers. Two sets of images are alike if the clouds of
-these numbers are alike. FID is the squared Frechet distance of Gaussians fitted to the two:
+A classifier, InceptionV3 of 2015, turns each image into 2048 numbers. FID is the squared Frechet distance of Gaussians
+fitted to the clouds of these numbers of two sets of images:
 
     FID = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
 
 sFID does so with 2023 numbers that keep the place in the image. Precision is the share of generated images within the
 data's cloud, recall the share of data within the generated cloud. The Inception Score asks whether each image clearly
 shows one class, while all together show all classes. Another evaluator gives the same samples another FID: the resize
-to 299 px alone changes it by 0.1, the number of images much more. So every row says what was compared, and by which
-rules. Small images are judged by a classifier trained here, not blown up to 299 px.
+to 299 px alone changes it by 0.1, the number of images much more. So a row says what was compared, and by which rules.
+Small images are judged by a classifier trained here, not blown up to 299 px.
 
     python evaluate.py --data glyphs                                             # the table of a run on small images
     python evaluate.py --sample 50000 --checkpoint runs/imagenet/hd-seed0.pt     # images, and then
@@ -17,7 +17,6 @@ rules. Small images are judged by a classifier trained here, not blown up to 299
     python evaluate.py --images runs/samples --save-npz samples.npz              # for ADM's own evaluator
     python evaluate.py --flops                                                   # what one image costs
 
-One core of an AMD EPYC: 14.7 images/s, an hour for 50,000 (an earlier version). On a GPU it was not timed.
 OURS: the paper (arXiv 2511.08930) does not name its evaluator. This is ADM's protocol (arXiv 2105.05233), which DiT and
 SiT used: 50,000 samples with random labels against statistics of the whole training set.
 """
@@ -38,35 +37,30 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from data import BadInput, ImageFolder, glyphs, go_on, join, progress, rng, save_grid, to_float, to_uint8, write_json
+from data import BadInput, ImageFolder, check_made, glyphs, go_on, join, progress, rng, save_grid, to_float, to_uint8, write_json
 from dmd_refine import COLOURS, VARIANTS
-from meanflow_td import (learning_rate, load_net, new_network, open_data, sample, sample_euler, sample_ode,
-                         update)  # fmt: skip
+from meanflow_td import learning_rate, load_net, new_network, open_data, sample, sample_ode, update
 from models import (AutoencoderKL, DiT, DiTTeacher, SiTTeacher, load_teacher, load_vae, load_weights,
                     sample_sde, weights, weights_path)  # fmt: skip
 
 # --- InceptionV3 -----------------------------------------------------------------------------------------------------
 #
-# Szegedy et al., arXiv 1512.00567, in the variant that TensorFlow published on 2015-12-05 and that all FIDs use. Later
-# Inceptions differ in three places: here average pools inside the blocks do not count the padding, the last block pools
-# by maximum, and there are 1008 classes. Module names are those of the weight file.
+# Szegedy et al., arXiv 1512.00567, in the variant that TensorFlow published on 2015-12-05 and that all FIDs use. Others
+# differ in three places: here average pools inside the blocks do not count the padding, the last block pools by maximum,
+# and there are 1008 classes. Module names are those of the weight file.
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm by the stored statistics (never the batch's, in any mode), ReLU.
+    """Convolution without bias, batch norm, ReLU: (B, c_in, H, W) -> (B, c_out, H', W').
     At stride 1 zeros keep the image's size; at stride 2, and with pad=False, the border is lost."""
 
     def __init__(self, c_in, c_out, kernel, stride=1, pad=True):
         super().__init__()
-        padding = "same" if pad and stride == 1 else 0
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, "same" if pad and stride == 1 else 0, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
 
-    def forward(self, x):  # (B, c_in, H, W) -> (B, c_out, H', W')
-        # gain (W x - mean) + bias = (gain W) x + (bias - gain mean): the norm goes into the weights, a pass less over x
-        gain = self.bn.weight * torch.rsqrt(self.bn.running_var + self.bn.eps)
-        weight, bias = self.conv.weight * gain[:, None, None, None], self.bn.bias - gain * self.bn.running_mean
-        return F.relu_(F.conv2d(x, weight, bias, self.conv.stride, self.conv.padding))
+    def forward(self, x):
+        return F.relu_(self.bn(self.conv(x)))
 
 
 class Mixed(nn.Module):
@@ -146,7 +140,7 @@ class InceptionV3(nn.Module):
                               branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)])  # fmt: skip
         self.Mixed_7b, self.Mixed_7c = block8(1280, average_pool), block8(2048, max_pool)
         self.fc = nn.Linear(2048, 1008)
-        self.to(memory_format=torch.channels_last)  # with the folded norm, 1.9 times as fast as plain eager
+        self.eval().to(memory_format=torch.channels_last)  # eval: batch norms by their stored statistics
 
     @torch.no_grad()
     def forward(self, images, resize="tf1"):
@@ -365,32 +359,27 @@ def train_classifier(path, draw, shape, classes, steps=400):
         x, y = draw(128, generator)
         return F.cross_entropy(net(x)[1], y), {}
 
-    def one_step(k):
-        return update(net, optimizer, loss_of, lr=learning_rate(k, steps, 3e-3), words=(0, "classifier", k))
-
-    go_on(path, {"net": net, "optimizer": optimizer}, one_step, steps=steps, config={"shape": shape})
+    go_on(path, {"net": net, "optimizer": optimizer},
+          lambda k: update(net, optimizer, loss_of, lr=learning_rate(k, steps, 3e-3), words=(0, "classifier", k)),
+          steps=steps, config={"shape": shape})  # fmt: skip
     return net.eval().requires_grad_(False)
 
 
 def power_spectrum(images):
-    """Radially averaged power of images (N, C, size, size): (size/2 + 1,) float64, by whole cycles per image.
-    |FFT|^2 / size^2, mean over images, channels and a ring's frequencies: white noise has its variance everywhere. The
-    corners beyond Nyquist's frequency are left out. Also returned: how many frequencies each ring holds."""
+    """Power of images (N, C, size, size) by whole cycles per image, over all directions: (size/2 + 1,) float64. That is
+    |FFT|^2, mean over images and channels, sum over a ring's frequencies; the corners beyond Nyquist's are left out."""
     size = images.shape[-1]
     cycles = torch.fft.fftfreq(size, 1 / size)
     ring = (cycles[:, None].square() + cycles.square()).sqrt().round().long().flatten()
     power = sum(torch.fft.fft2(part.double()).abs().square().mean(1).sum(0) for part in images.split(1000)).flatten()
-    count = torch.bincount(ring)
-    mean = torch.bincount(ring, weights=power) / count / (len(images) * size**2)
-    return mean[: size // 2 + 1], count[: size // 2 + 1]
+    return torch.bincount(ring, weights=power)[: size // 2 + 1] / len(images)
 
 
 def high_power(spectrum, reference):
     """Power above half of Nyquist's frequency, over a reference's: from two `power_spectrum`s. Below 1, images are
     blurred; above 1 is no praise, since noise has much power there."""
-    (mean, count), (other, _) = spectrum, reference
-    first = (len(mean) - 1) // 2 + 1
-    return ((mean * count)[first:].sum() / (other * count)[first:].sum()).item()
+    first = (len(spectrum) - 1) // 2 + 1
+    return (spectrum[first:].sum() / reference[first:].sum()).item()
 
 
 class Judge:
@@ -429,8 +418,7 @@ def small_data(config, source, count, seed):
     folder = ImageFolder(config["data_dir"], source.shape[1], upright=True)
     if len(folder) < 20:
         raise BadInput(f"{config['data_dir']} has {len(folder)} images: a fifth is compared with, so give at least 20")
-    images = to_float(np.stack([folder[i] for i in progress(range(len(folder)), "reading")]))
-    fifth = torch.arange(len(folder)) % 5 == 4
+    images, fifth = folder.read(range(len(folder))), torch.arange(len(folder)) % 5 == 4
     learn = (~fifth).nonzero().squeeze(1)
 
     def draw(batch, generator):
@@ -456,62 +444,60 @@ def judge_run(out, count, seed, device, quick=False):
     students = [(path.stem.split("-seed")[0], *load_net(path, hint, device)) for path in paths]
     draw, held_out, other, other_y = small_data(config, source, count, seed)
     classifier = train_classifier(out / "classifier.pt", draw, source.shape, source.classes, 60 if quick else 400)
-    judge, rows, pictures, spectra = Judge(classifier, held_out), [], {}, {}
-    eps = torch.randn(count, *source.shape, generator=rng(seed, "evaluation"))
-    y = other_y[torch.arange(count) % len(other_y)]  # classes as frequent as in the data
+    judge, rows, pictures, spectra = Judge(classifier, held_out), [], {}, []
+    eps = torch.randn(count, *source.shape, generator=rng(seed, "evaluation")).to(device)
+    y = other_y[torch.arange(count) % len(other_y)].to(device)  # classes as frequent as in the data
 
-    def row(what, images, labels, **about):
-        rows.append({"what": what, "seed": 0, "nfe": 0, **about, **judge(images, labels)})
-        spectra.setdefault(what, power_spectrum(images)[0])
-        pictures.setdefault(what, images[:20])
+    def add_row(what, images, labels, **about):
+        rows.append({"what": what, "seed": 0, "nfe": 0, **about, **judge(images.cpu(), labels.cpu())})
+        if what not in pictures:
+            pictures[what] = images[:20].cpu()
+            power = (power_spectrum(images.cpu()) / judge.spectrum).tolist()
+            spectra.extend({"what": what, "cycles": n, "power": power[n]} for n in range(1, len(power)))  # not the mean
 
-    def sampled(what, sampler, **about):
-        parts = zip(progress(eps.to(device).split(250), what), y.to(device).split(250))
-        row(what, torch.cat([sampler(part, labels).cpu() for part, labels in parts]), y, **about)
+    def add_samples(what, sampler, **about):
+        parts = zip(progress(eps.split(250), what), y.split(250))
+        add_row(what, torch.cat([sampler(*part) for part in parts]), y, **about)
 
-    row("data against data", other, other_y)
-    for calls in (1, 2, 4, 8):
-        sampled(f"teacher, Euler, {calls} calls", partial(sample_euler, teacher, steps=calls), nfe=calls, w=1.0)
+    add_row("data against data", other, other_y)
     for w in GUIDANCE[: 1 if quick else None]:
         teacher.w = w
-        sampled(f"teacher, Heun, w = {w}", partial(sample_ode, teacher, steps=25), nfe=50, w=w)
-    seen = set()
-    for name, student, config in students:
-        if (key := (name, config["seed"], config["steps"])) in seen:
-            continue  # kept on the way through a longer training, and a training of just this length is there too
-        seen.add(key)
-        for calls in range(1, config.get("student_steps", 1) + 1):
-            sampled(name + ", 2 calls" * (calls - 1), partial(sample, student, steps=calls),
-                    nfe=calls, seed=config["seed"], updates=config["steps"])  # fmt: skip
+        add_samples(f"teacher, Heun, w = {w}", partial(sample_ode, teacher, steps=25), nfe=50, w=w)
+    for name, student, made in students:
+        for calls in range(1, made.get("student_steps", 1) + 1):
+            add_samples(name + ", 2 calls" * (calls - 1), partial(sample, student, steps=calls), nfe=calls,
+                        seed=made["seed"], updates=made["steps"])  # fmt: skip
     print(f"{count:,} images a row, {len(held_out):,} of data to compare with")
     data.report(out / "results.json", rows, ("updates", "nfe"), [*MEASURES, "class_accuracy"])
     compare(rows)
     plot_variants(out / "curves.png", rows)
-    plot_spectrum(out / "spectrum.png", judge.spectrum[0], spectra)
+    data.plot_curves(out / "spectrum.png", spectra, "cycles", {"power": ("power, over data's", "linear")},
+                     {what: dict(marker="o", ms=3) for what in pictures}, "Detail: power by cycles per image")  # fmt: skip
     save_grid(out / "grid.png", torch.cat(list(pictures.values())), columns=20)
     print(f"In {out}: results.json, curves.png, spectrum.png, and grid.png, a row for each of: {'; '.join(pictures)}.")
 
 
 def compare(rows):
     """Print which variants the seeds tell apart, at each number of updates: p by Welch's test, for each measure."""
-    groups = {(group[0]["what"], group[0].get("updates")): group for group in data.over_seeds(rows)}
-    for updates in sorted({row["updates"] for row in rows if row["what"] in VARIANTS}):
-        for pair in (("hd", "hd-no-td"), ("td-dmd", "dmd-no-td"), ("hd", "td-mean"), ("hd", "td-dmd")):
-            one, other = (groups.get((what, updates), ()) for what in pair)
-            if min(len(one), len(other)) > 1:  # a spread takes two seeds
-                tests = {key: scipy.stats.ttest_ind([row[key] for row in one], [row[key] for row in other],
-                                                    equal_var=False).pvalue for key in MEASURES}  # fmt: skip
-                found = ", ".join(f"{key} {p:.3f}" for key, p in tests.items())
-                print(f"{' against '.join(pair)}, {updates} updates, p by Welch's test: {found}")
+    joined = {(row["what"], row.get("updates")): row for row in data.over_seeds(rows, ["updates"], MEASURES)}
+    for pair in (("hd", "hd-no-td"), ("td-dmd", "dmd-no-td"), ("hd", "td-mean"), ("hd", "td-dmd")):
+        for updates in sorted(n for what, n in joined if what == pair[0]):
+            one, other = (joined.get((what, updates), {"seeds": 0}) for what in pair)
+            if min(one["seeds"], other["seeds"]) > 1:  # a spread takes two seeds
+                sides = {key: (*one[key], one["seeds"], *other[key], other["seeds"]) for key in MEASURES}
+                found = (f"{key} {scipy.stats.ttest_ind_from_stats(*side, equal_var=False).pvalue:.3f}"
+                         for key, side in sides.items())  # fmt: skip
+                print(f"{' against '.join(pair)}, {updates} updates, p by Welch's test: {', '.join(found)}")
 
 
 def plot_variants(path, rows):
     """curves.png: the variants of --ablation through stage 2; lines: the teacher at its best guidance, stage 1."""
     best = min((row for row in rows if row["nfe"] == 50), key=lambda row: row["frechet"])["what"]
     curves = {best: dict(color="black")}
-    for what, ls in (("td", ":"), ("meanflow", "-.")):
-        updates = max((row["updates"] for row in rows if row["what"] == what), default=0)
-        curves[what] = dict(color="black", ls=ls, label=f"{what}, {updates:,} updates of stage 1")
+    for row in rows:
+        if row["what"] in ("td", "meanflow"):
+            curves[row["what"]] = dict(color="black", ls=":" if row["what"] == "td" else "-.",
+                                       label=f"{row['what']}, {row['updates']:,} updates of stage 1")  # fmt: skip
     for what, (init, pooling) in VARIANTS.items():
         curves[what] = dict(color=COLOURS[pooling], ls="-" if init == "td" else "--", marker="o", ms=4,
                             label=f"{what}: from {init}, discriminator {pooling}")  # fmt: skip
@@ -519,51 +505,58 @@ def plot_variants(path, rows):
                      "The earlier marks of a curve are the same trainings on their way")  # fmt: skip
 
 
-def plot_spectrum(path, reference, spectra):
-    """spectrum.png: power spectra {name: (size/2 + 1,)}, each over the data's. Shaded: what high_power sums."""
-    figure, axis = data.new_figure(7, 4.6)
-    cycles = np.arange(1, len(reference))  # without the mean, which is no detail
-    axis.axvspan(len(reference) / 2, len(reference) - 1, color="black", alpha=0.07, lw=0, label="high_power")
-    for name in spectra:
-        if "Euler" not in name:
-            axis.plot(cycles, (spectra[name] / reference)[1:], marker="o", ms=3, label=name)
-    axis.set(xlabel="radial frequency (cycles per image)", ylabel="power, relative to data", ylim=(0, None))
-    axis.legend(fontsize=8)
-    figure.savefig(path)
-
-
-# --- Samples as PNG files: label, noise, and the sampler's own noise of image i follow from (seed, i) -----------------
+# --- Samples as PNG files ---------------------------------------------------------------------------------------------
 
 # Steps, and how to call it. PRIOR: 250 steps of DiT's DDPM and SiT's SDE are behind their FIDs. Heun: two calls a step
 SAMPLERS = {
-    "student": (1, lambda net, eps, y, steps, ways: sample(net, eps, y, steps)),
-    "heun": (125, lambda net, eps, y, steps, ways: sample_ode(net, eps, y, steps)),
-    "sde": (250, lambda net, eps, y, steps, ways: sample_sde(net, eps, y, steps, generator=ways)),
-    "ddpm": (250, lambda net, eps, y, steps, ways: net.sample_ddpm(eps, y, steps, generator=ways)),
+    "student": (1, lambda net, eps, y, steps, generator: sample(net, eps, y, steps)),
+    "heun": (125, lambda net, eps, y, steps, generator: sample_ode(net, eps, y, steps)),
+    "sde": (250, lambda net, eps, y, steps, generator: sample_sde(net, eps, y, steps, generator=generator)),
+    "ddpm": (250, lambda net, eps, y, steps, generator: net.sample_ddpm(eps, y, steps, generator=generator)),
 }
 PUBLISHED_WITH = {SiTTeacher: "sde", DiTTeacher: "ddpm"}  # of other teachers, Heun's method
 
 
-def write_samples(out, count, net, decode, *, sampler, steps, labels, seed, batch, about):
-    """Images 0 .. count - 1 to out/<i>.png, or those that are missing. decode: x_0 -> images in about [-1, 1].
-    labels: None for random ones, or classes to take in turn. about: how they are made, for out/about.json; BadInput if
-    `out` holds others. A batch is made whole or not at all, since an image's last bits depend on its neighbours."""
-    note, sizes, device = out / "about.json", net.net.config, next(net.parameters()).device
-    if note.exists() and json.loads(note.read_text()) != about or not note.exists() and list(out.glob("*.png")):
-        raise BadInput(f"{out} holds images of another making (see {note}): name another folder by --out")
-    out.mkdir(parents=True, exist_ok=True)
+def write_samples(out, count, *, checkpoint, teacher, vae, sampler, steps, classes, w, batch, seed, device):
+    """Images 0 .. count - 1 to out/<i>.png, or those that are missing, of a finished stage or of a published teacher.
+
+    The arguments are the flags of the same names. Random numbers belong to a batch of images, so a batch is made whole
+    or not at all. out/about.json says how they are made. BadInput: `out` holds others, or the flags do not fit.
+    """
+    net, decode = None, lambda x: x
+    if checkpoint:
+        net, config = load_net(checkpoint, "name a finished stage, as runs/glyphs/hd-seed0.pt", device)
+    if net is None or config["data"] == "imagenet":
+        net, vae_net = net or load_teacher(teacher).to(device), load_vae(vae).to(device)
+        decode = lambda x: vae_net.decode(x / vae_net.scale)  # noqa: E731
+    own = "student" if net.net.two_times else PUBLISHED_WITH.get(type(net), "heun")
+    sampler, known, sizes = sampler or own, net.net.num_classes, net.net.config
+    if not all(0 <= y < known for y in classes or ()):
+        raise BadInput(f"--classes {classes}: the classes are 0 .. {known - 1}")
+    if sampler != own and (sampler in ("student", "ddpm") or own == "student"):
+        raise BadInput(f"--sampler {sampler} is not for this network: leave it out, or take {own}")
+    default, draw = SAMPLERS[sampler]
+    steps, least = default if steps is None else steps, 1 + (sampler in ("sde", "ddpm"))
+    if steps < least:
+        raise BadInput(f"--steps {steps}: {sampler} takes at least {least}")
+    net.w = 1.0 if own == "student" else w
+    note, shape = out / "about.json", (sizes["in_channels"], sizes["input_size"], sizes["input_size"])
+    about = dict(of=str(checkpoint or teacher), vae=str(vae), sampler=sampler, steps=steps, classes=classes, w=net.w,
+                 seed=seed, batch=batch)  # fmt: skip
+    if note.exists() or list(out.glob("*.png")):
+        check_made(out, json.loads(note.read_text()) if note.exists() else {}, about)
     write_json(note, about)
-    shape = (sizes["in_channels"], sizes["input_size"], sizes["input_size"])
     for start in progress(range(0, count, batch), f"batches of {batch}"):
-        part = {i: out / f"{i:06d}.png" for i in range(start, min(start + batch, count))}
-        if all(path.exists() for path in part.values()):
+        paths = [out / f"{i:06d}.png" for i in range(start, min(start + batch, count))]
+        if all(path.exists() for path in paths):
             continue
-        y = [labels[i % len(labels)] if labels else
-             torch.randint(sizes["num_classes"], (), generator=rng(seed, "label", i)).item() for i in part]  # fmt: skip
-        eps = torch.stack([torch.randn(shape, generator=rng(seed, "noise", i)) for i in part]).to(device)
-        ways = [rng(seed, "way", i) for i in part]
-        images = decode(SAMPLERS[sampler][1](net, eps, torch.tensor(y, device=device), steps, ways))
-        for path, image in zip(part.values(), images):
+        generator = rng(seed, "samples", start)
+        y = torch.randint(known, (batch,), generator=generator)
+        if classes:
+            y = torch.tensor(classes)[torch.arange(start, start + batch) % len(classes)]
+        eps = torch.randn(batch, *shape, generator=generator)
+        images = decode(draw(net, eps.to(device), y.to(device), steps, generator))
+        for path, image in zip(paths, images):
             save_grid(path, image[None], columns=1)
     print(f"In {out}: {count:,} images. Next: python evaluate.py --images {out} --reference ...")
 
@@ -626,25 +619,9 @@ def main(argv=None):
         out = args.out or Path("runs", args.data + "-quick" * args.quick)
         judge_run(out, 200 if args.quick else 5000, args.seed, device, args.quick)
     elif args.sample:
-        net, decode, hint = None, lambda x: x, "name a finished stage, as runs/glyphs/hd-seed0.pt"
-        if args.checkpoint:
-            net, config = load_net(args.checkpoint, hint, device)
-        if net is None or config["data"] == "imagenet":
-            vae = load_vae(args.vae).to(device)
-            net, decode = net or load_teacher(args.teacher).to(device), lambda x: vae.decode(x / vae.scale)
-        own = "student" if net.net.two_times else PUBLISHED_WITH.get(type(net), "heun")
-        sampler, classes = args.sampler or own, net.net.num_classes
-        if not all(0 <= y < classes for y in args.classes or ()):
-            raise BadInput(f"--classes {args.classes}: the classes are 0 .. {classes - 1}")
-        if sampler != own and (sampler in ("student", "ddpm") or own == "student"):
-            raise BadInput(f"--sampler {sampler} is not for this network: leave it out, or take {own}")
-        steps, least = SAMPLERS[sampler][0] if args.steps is None else args.steps, 1 + (sampler in ("sde", "ddpm"))
-        if steps < least:
-            raise BadInput(f"--steps {steps}: {sampler} takes at least {least}")
-        net.w = 1.0 if own == "student" else args.w
-        how = dict(sampler=sampler, steps=steps, labels=args.classes, seed=args.seed, batch=args.batch)
-        about = how | {"of": str(args.checkpoint or args.teacher), "vae": args.vae, "w": net.w}
-        write_samples(args.out or Path("runs/samples"), args.sample, net, decode, **how, about=about)
+        write_samples(args.out or Path("runs/samples"), args.sample, checkpoint=args.checkpoint, teacher=args.teacher,
+                      vae=args.vae, sampler=args.sampler, steps=args.steps, classes=args.classes, w=args.w,
+                      batch=args.batch, seed=args.seed, device=device)  # fmt: skip
     elif args.images and (args.reference or args.save_npz):
         if args.save_npz:
             images = open_images(args.images)

@@ -20,9 +20,8 @@ things follow:
 - The teacher's v is a function of (x_t, t), while eps - x_0 is a noisy sample of it: distillation has a deterministic
   target. If v is guided, so is the student, and it samples without guidance.
 
-What this stage leaves behind: at t = 1 the map from noise to data is steep wherever the path decides between two modes.
-A network of finite size smooths these steep places, and samples fall between the modes; toy2d.py measures it. Stage 2,
-dmd_refine.py, starts from there.
+What this stage leaves behind: the map from noise to data is steep wherever the path decides between two modes. A network
+of finite size smooths these places, and samples fall between the modes (toy2d.py). Stage 2, dmd_refine.py, mends it.
 
     python meanflow_td.py --data glyphs                                   # digits: trains the teacher, then its student
     python meanflow_td.py --data folder --data-dir DIR                    # your own small images, a folder per class
@@ -59,16 +58,15 @@ def draw_times(batch, generator, *, share_spans=0.75, share_to_data=0.3):
     The spans alone need du/dt; the others tie u to the teacher's velocity, which the identity starts from. Of the
     spans, share_to_data reach down to r = 0, as every one-step sample does.
     """
-    # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447). We draw both uniformly and sort
-    # them, and t, the larger one, is near 1 more often than near 0. A one-step sample starts at t = 1 and ends at
-    # r = 0, which logit-normal times all but never reach. And MeanFlow has 25 % of spans, as our ImageNet preset.
-    # OURS: share_to_data. Sliced W2 of a TD student in 2D is 0.06 with 0.3 (`td-48`, seed 0), and 0.33 with 1, which is
-    # close to consistency distillation. In an earlier version it was 0.05 with 0.3, and 0.09 with 0.
-    # TRY: set its default above to 1.0, and look at the rows of "TD" in `python toy2d.py --out runs/consistency`
+    # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447), and 25 % of spans, as our ImageNet
+    # preset. We draw both uniformly and sort them: t, the larger one, is near 1 more often than near 0. A one-step
+    # sample starts at t = 1 and ends at r = 0, which logit-normal times all but never reach.
+    # TRY: OURS is share_to_data. Set it to 1.0, which is close to consistency distillation, and look at the rows of
+    # "TD" in `python toy2d.py --out runs/consistency`: sliced W2 of `td-48` is then 0.33 instead of 0.06.
     r, t = torch.rand(batch, 2, generator=generator, device=generator.device).sort(dim=1).values.unbind(1)
     to_data = torch.rand(batch, generator=generator, device=generator.device) < share_to_data
     r = torch.where(to_data, 0.0, r)
-    spans = torch.arange(batch, device=generator.device) < int(batch * share_spans)
+    spans = torch.arange(batch, device=generator.device) < math.ceil(batch * share_spans)
     return torch.where(spans, r, t), t
 
 
@@ -137,15 +135,6 @@ def generate(net, eps, y=None, steps=1):
 
 
 sample = torch.no_grad()(generate)  # the same without a graph
-
-
-@torch.no_grad()
-def sample_euler(velocity, eps, y=None, steps=1):
-    """The teacher's samples x_0 (B, ...) from noise eps by Euler's method: one call of velocity(x_t, t=t) a step."""
-    v, x = with_labels(velocity, y), eps
-    for t, _ in equal_steps(eps, steps):
-        x = x - v(x, t=t) / steps
-    return x
 
 
 @torch.no_grad()
@@ -268,14 +257,14 @@ def train(path, net, loss_of, *, steps, lr, seed=0, betas=(0.9, 0.99), ema_decay
 # 1 has no momentum: an update changes the student's error e by -(e + (t - r) de/dt), so e also turns, and momentum
 # repeats directions that are out of date. Frechet distance after 1,500 updates at 1e-3, one seed: 1.19 without it, 1.36
 # with it. At 2e-3 it was 1.03, but 4,000 such updates lost the teacher, and so did p = 0 and p = 0.5 in the loss.
-GLYPHS = dict(batch=64, w=1.5, share_spans=0.75, network=dict(patch_size=4, hidden_size=64, depth=4, num_heads=4),
-              teacher_steps=16_000, teacher=dict(lr=3e-3, clip=300.0),
-              steps=3000, td=dict(lr=1e-3, betas=(0.0, 0.99), clip=50.0))  # fmt: skip
+GLYPHS = dict(batch=64, share_spans=0.75, network=dict(patch_size=4, hidden_size=64, depth=4, num_heads=4),
+              teacher_steps=16_000, stage_0=dict(lr=3e-3, clip=300.0),
+              steps=3000, stage_1=dict(lr=1e-3, betas=(0.0, 0.99), clip=50.0))  # fmt: skip
 # PRIOR: batch, lr, betas, ema_decay and a quarter of spans are MeanFlow's for ImageNet (arXiv 2505.13447, official
 # code); w = 1.5 on 3 of 4 channels is the guidance behind the published FIDs of both teachers (arXiv 2212.09748).
 # OURS: steps (20 epochs, never run), clip.
-IMAGENET = dict(batch=256, w=1.5, share_spans=0.25,
-                steps=100_000, td=dict(lr=1e-4, betas=(0.9, 0.95), clip=1.0, ema_decay=0.9999))  # fmt: skip
+IMAGENET = dict(batch=256, share_spans=0.25,
+                steps=100_000, stage_1=dict(lr=1e-4, betas=(0.9, 0.95), clip=1.0, ema_decay=0.9999))  # fmt: skip
 PRESETS = {"glyphs": GLYPHS, "folder": GLYPHS, "imagenet": IMAGENET}
 TINY = dict(batch=32, teacher_steps=60, steps=30, network=dict(patch_size=4, hidden_size=32, depth=2, num_heads=2))
 QUICK = {"glyphs": TINY, "folder": TINY, "imagenet": dict(batch=4, share_spans=0.5, steps=3)}
@@ -346,7 +335,7 @@ def add_flags(parser):
     add("--out", type=Path, help="run folder (default: runs/<data>)")
     add("--seed", type=int, default=0, help="of data and networks (default: %(default)s)")
     add("--batch", type=int, help="images in an update (default: of the preset)")
-    add("--w", type=float, help="the teacher's guidance, above 0; 1 is none (default: 1.5)")
+    add("--w", type=float, default=1.5, help="the teacher's guidance, above 0; 1 is none (default: %(default)s)")
     add("--teacher", default="SiT-XL/2", help="of imagenet: SiT-XL/2, DiT-XL/2 or a file (default: %(default)s)")
     add("--vae", default="vae-ema", help="of imagenet: vae-ema, vae-mse or a file (default: %(default)s)")
     add("--cache", default="runs/latents", help="of imagenet: the folder of its latents (default: %(default)s)")
@@ -359,18 +348,17 @@ def add_flags(parser):
     add("--steps", type=int, help="updates of the student")
 
 
-def settings(data, quick, *, parts, **flags):
-    """PRESETS[data] with what --quick and the given flags change; "part" is how many images a part of a batch has."""
-    given = {name: value for name, value in flags.items() if value is not None}
-    preset = PRESETS[data] | (QUICK[data] if quick else {}) | given
-    parts = parts or ranks()
-    part, rest = divmod(preset["batch"], parts)
-    if preset["w"] <= 0:
-        raise BadInput(f"--w {preset['w']:g}: guidance is above 0, and 1 is none")
-    if rest or parts % ranks():
-        raise BadInput(f"a batch of {preset['batch']} in {parts} parts for {ranks()} processes: all must have the same "
-                       "share; change --batch or --parts")  # fmt: skip
-    return preset | {"parts": parts, "part": part}
+def settings(presets, quick_presets, *, data, quick, parts, **flags):
+    """The preset of --data, with what --quick and the flags of the same names change. "part": images in a part."""
+    preset = presets[data] | (quick_presets[data] if quick else {})
+    preset |= {name: flags[name] for name in preset if flags.get(name) is not None} | {"parts": parts or ranks()}
+    preset["part"], rest = divmod(preset["batch"], preset["parts"])
+    if flags["w"] <= 0:
+        raise BadInput(f"--w {flags['w']:g}: guidance is above 0, and 1 is none")
+    if rest or preset["parts"] % ranks():
+        raise BadInput(f"a batch of {preset['batch']} in {preset['parts']} parts for {ranks()} processes: all must have "
+                       "the same share; change --batch or --parts")  # fmt: skip
+    return preset
 
 
 def main(argv=None):
@@ -381,13 +369,11 @@ def main(argv=None):
                         help="for comparison: stage 1 on eps - x_0, without guidance, into meanflow.pt")  # fmt: skip
     args = parser.parse_args(argv)
     device = join(args.device)
-    preset = settings(args.data, args.quick, parts=args.parts, batch=args.batch, w=args.w, steps=args.steps,
-                      teacher_steps=args.teacher_steps)  # fmt: skip
-    if int(preset["part"] * preset["share_spans"]) < 1:
-        raise BadInput(f"a part of {preset['part']} rows has none with r < t: give a larger --batch, or fewer --parts")
+    preset = settings(PRESETS, QUICK, **vars(args))
     out = args.out or Path("runs", args.data + "-quick" * args.quick)
     source, teacher = open_data(args.data, args.data_dir, size=args.size, device=device, teacher=args.teacher,
                                 vae=args.vae, cache=args.cache)  # fmt: skip
+    DiT.checkpointing, DiT.compiling = args.checkpointing, args.compile
     eps, y = grid_noise(source, device)
     draw = partial(source.draw, preset["part"])
     about = {"data": args.data, "data_dir": args.data_dir, "shape": source.shape, "batch": preset["batch"]}
@@ -399,20 +385,17 @@ def main(argv=None):
     if teacher is None:  # stage 0
         sizes = dict(preset["network"], input_size=args.size, in_channels=source.shape[0], num_classes=source.classes)
         net = new_network(args.seed, "teacher", lambda: Velocity(DiT(**sizes))).to(device)
-        net.net.checkpointing, net.net.compiling = args.checkpointing, args.compile
         loss = partial(teacher_loss, draw=draw, null_class=source.classes)
-        teacher = train(out / "teacher.pt", net, loss, steps=preset["teacher_steps"], **preset["teacher"], **common,
+        teacher = train(out / "teacher.pt", net, loss, steps=preset["teacher_steps"], **preset["stage_0"], **common,
                         config=about | {"network": net.describe()},
                         look=partial(look, "teacher", partial(sample_ode, steps=25)))  # fmt: skip
-    name, w = ("meanflow", 1.0) if args.on_data else ("td", preset["w"])
+    name, w = ("meanflow", 1.0) if args.on_data else ("td", args.w)
     teacher.w, teacher.cfg_channels = w, args.cfg_channels  # guidance is baked into the student
     student = new_network(args.seed, "student", lambda: student_from_teacher(teacher)).to(device)
-    for net in (teacher.net, student.net):
-        net.checkpointing, net.compiling = args.checkpointing, args.compile
     loss = partial(student_loss, draw=draw, teacher=None if args.on_data else teacher,
                    share_spans=preset["share_spans"], t_limits=teacher.times)  # fmt: skip
     about |= {"network": student.describe(), "w": w, "cfg_channels": args.cfg_channels}
-    train(out / f"{name}.pt", student, loss, steps=preset["steps"], **preset["td"], **common, config=about,
+    train(out / f"{name}.pt", student, loss, steps=preset["steps"], **preset["stage_1"], **common, config=about,
           look=partial(look, name, sample))  # fmt: skip
     if rank() == 0:
         todo = "evaluate.py" if args.on_data else "dmd_refine.py, the same --data, --out, --w"

@@ -12,16 +12,14 @@ The convention (flow matching's linear path; Lipman et al., arXiv 2210.02747; Li
 
 A network with a single time, net(x_t, t=t), is a velocity field v: a teacher, or the fake branch of DMD. A network with
 two_times=True, net(x_t, t=t, r=r), is an average velocity u: a student. At r = t, u is v. On images a student starts
-from its teacher's weights, and at first gives the unguided velocity, whatever r is. The students of toy2d.py are
-smaller than their teacher and start at random.
+from its teacher's weights; the students of toy2d.py are smaller than their teacher, and start at random.
 Times are tensors (B,); networks take them by keyword only, and so labels, y=, which the 2D network ignores.
 
 Tags in all files: PAPER, from Cheng et al., arXiv 2511.08930; PRIOR, from earlier work; OURS, our choice, which the
 paper does not state; DIFFERS, departs from a source; TRY, a place to play.
 
-In this file: conversions, forward mode, the 2D network, DiT, wrappers that make any DiT answer in our convention, the
-published samplers, the autoencoder, published weights. For the method, read up to DiT, and `Velocity`; ImageNet needs
-the rest.
+For the method, read up to DiT. The rest is for images: DiT, wrappers that make any DiT answer in our convention, the
+published samplers, the autoencoder, published weights.
 """
 
 import argparse
@@ -91,10 +89,10 @@ def chain(**layers):
 
 # --- Forward mode ----------------------------------------------------------------------------------------------------
 #
-# du/dt is one pass of dual numbers: every tensor on the way carries its tangent. Torch has a rule for each operation,
-# but three of its rules (linear layer, softmax, LayerNorm) do more than they need to; `Linear` and `symmetric` below
-# answer the same. A pass with a tangent costs at least two without. By these rules it costs 2.4, by torch's own 3.2
-# (33 M parameters, 256 tokens, one core). On a first reading, take them for a linear layer and for f(x).
+# du/dt is one pass of dual numbers: every tensor on the way carries its tangent. Three of torch's rules (linear layer,
+# softmax, LayerNorm) do more than they need to; `Linear` and `symmetric` below answer the same. A pass with a tangent
+# costs at least two without; by these rules 2.4, by torch's own 3.2 (33 M parameters, 256 tokens, one core). On a first
+# reading, take them for a linear layer and for f(x).
 
 
 class Linear(nn.Linear):
@@ -141,8 +139,7 @@ class VelocityMLP(nn.Module):
     x_t (B, dim); times t and r (B,) in [0, 1]; labels y are ignored. depth: the number of hidden layers.
     Raises ValueError where r is missing, or given to a network that has no place for it.
 
-    With two_times=True the span t - r gets an embedding of its own, which is zero at t = r and whose weights start at
-    zero: a student that takes its teacher's weights is its teacher at step 0, u(x, r, t) = v(x, t).
+    With two_times=True the span t - r gets an embedding of its own, which is zero at t = r and whose weights start at 0.
     """
 
     def __init__(self, dim, width, depth, two_times=False):
@@ -169,8 +166,7 @@ class VelocityMLP(nn.Module):
         time = self.embed_t(sinusoids(t[:, None], self.time_frequencies))  # (B, width)
         if self.two_times:
             # OURS: minus the features of no span, so that at r = t this part is silent and the network is a velocity
-            # field. Left in, their cosines of 1 act as a second bias: a student's distance from the data (sliced W2,
-            # see toy2d.py) was 0.20 instead of 0.08 (by hand, width 64, 3,000 updates at 1e-3, one seed).
+            # field. Left in, their cosines of 1 act as a second bias, and a student ends twice as far from the data.
             span = sinusoids((t - r)[:, None], self.time_frequencies)
             none = sinusoids(torch.zeros_like(t)[:, None], self.time_frequencies)
             time = time + self.embed_span(span - none)
@@ -199,13 +195,8 @@ class VelocityMLP(nn.Module):
 #
 # What is special is how a block hears of the time and the class. LayerNorm has no gain and bias of its own; a linear
 # layer computes shift, scale and a gate for each branch from c ("adaLN"). That layer starts at zero ("-Zero"), so every
-# gate is 0 and every block starts as the identity.
-#
-# The names of the parameters are the published checkpoints', so those load key for key. That is why a lone layer
-# sometimes sits in a chain of one.
-
-TIME_CHANNELS = 256  # PRIOR: DiT's sinusoidal channels of one time, half of them cosines
-
+# gate is 0 and every block starts as the identity. The names of the parameters are the published checkpoints', so those
+# load key for key. That is why a lone layer sometimes sits in a chain of one.
 
 def sinusoid_angles(x, n):
     """Angles x * 10000^(-k/n), k = 0 .. n-1: times or positions x (N,) -> (N, n), in x's own precision."""
@@ -227,10 +218,10 @@ class TimeEmbedder(nn.Module):
 
     def __init__(self, hidden_size):
         super().__init__()
-        self.mlp = nn.Sequential(Linear(TIME_CHANNELS, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(Linear(256, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
 
     def forward(self, t):
-        angles = sinusoid_angles(at_least_fp32(t), TIME_CHANNELS // 2)  # (B, 128)
+        angles = sinusoid_angles(at_least_fp32(t), 128)  # (B, 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, 256)
         with autocast_off(t):
             return self.mlp(waves.to(self.mlp[0].weight.dtype))  # (B, D)
@@ -298,10 +289,11 @@ class DiT(nn.Module):
 
     OURS: the student's second time enters as t - r, like MeanFlow's (arXiv 2505.13447), and the LAST layer of its
     embedder starts at zero. A student that takes all other weights from its teacher therefore starts as its teacher.
-    DIFFERS: the official code drops labels inside the network; here the training loop passes y = num_classes, where
-    everyone can see it. pos_embed is a Parameter there, a buffer here: the state dict is the same, and
-    requires_grad_(True) on a copy of a frozen teacher does not set the fixed table free.
+    DIFFERS: the official code drops labels inside the network; here the training loop passes y = num_classes. Its
+    pos_embed is a Parameter, ours a buffer: requires_grad_(True) on a copy of a frozen teacher must not free it.
     """
+
+    checkpointing = compiling = False  # of all nets: less memory, less time, see `run`
 
     def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio=4.0,
                  num_classes=1000, learn_sigma=False, two_times=False):
@@ -319,7 +311,6 @@ class DiT(nn.Module):
         self.y_embedder = chain(embedding_table=nn.Embedding(num_classes + 1, hidden_size))
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
-        self.checkpointing = self.compiling = False  # less memory, less time: see `run`
         self.init_weights()
 
     @torch.no_grad()
@@ -348,7 +339,7 @@ class DiT(nn.Module):
             # minus the features of no span, so that at r = t this part is silent, after training too
             c = c + (self.span_embedder(span) - self.span_embedder(torch.zeros_like(span)))
         # contiguous: of transposed tokens torch.compile (2.13, CPU) makes gradients that are wrong by a tenth
-        return self.x_embedder(x_t).flatten(2).transpose(1, 2).contiguous() + self.pos_embed, c  # (B, N, D), (B, D)
+        return self.x_embedder(x_t).flatten(2).transpose(1, 2).contiguous() + self.pos_embed, c
 
     def forward(self, x_t, *, t, y, r=None):
         """The network's answer at x_t (B, C, H, W), time t (B,), labels y (B,) int64: (B, out_channels, H, W).
@@ -498,10 +489,9 @@ class DiTTeacher(Velocity):
     OURS: the clamp and the interpolation of the clock; the published sampler uses whole k only.
 
     A student of it (net with two_times) hears (k(t), k(r)), and the SAME formula turns its answer into u:
-    u = (eps_hat - x_t) / (1 - t). Its "eps_hat" no longer means a noise. Compared with a SiT, this costs:
-    - du/dt passes through k. One unit of t is at least 176 steps, 760 at t = 0.5 and 15,757 at t_999; the embedder's
-      fastest wave turns by 1 rad in one step, where a SiT's turns by 1 rad in all of [0, 1]. And k has a kink at every
-      step, at which du/dt jumps.
+    u = (eps_hat - x_t) / (1 - t). Compared with a SiT, this costs:
+    - du/dt passes through k. One unit of t is at least 176 steps, 15,757 at t_999; the embedder's fastest wave turns by
+      1 rad in one step, where a SiT's turns by 1 rad in all of [0, 1]. And du/dt jumps at every step.
     - Near t = 1 the divisor amplifies errors 158 times, and one-step samples start there. So the net runs outside
       autocast, and the rest is done in float32 at least.
     - Beyond the ends t is clamped, so du/dt has no d_t u there: draw the times of training in `times`.
@@ -577,27 +567,20 @@ class DiTTeacher(Velocity):
     @torch.no_grad()
     def sample_ddpm(self, eps, y, steps=250, *, generator):
         """Samples x_0 (B, C, H, W) of the DiT's own sampler from noise eps, labels y (B,), with the wrapper's w.
-        steps: 2 to 1000; PRIOR: 250, behind the published FID 2.27 at w = 1.5. generator: of `normal_like`."""
+        steps: 2 to 1000; PRIOR: 250, behind the published FID 2.27 at w = 1.5. generator: on the CPU."""
         x = at_least_fp32(eps)  # at k = 999 the path is noise, but for 0.6 % of x_0
         for i in reversed(range(steps)):
             x, log_variance, _ = self.denoise(x, y, i, steps)
             if i > 0:
-                x = x + (log_variance / 2).exp() * normal_like(x, generator)
+                noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+                x = x + (log_variance / 2).exp() * noise
         return x
-
-
-def normal_like(x, generator):
-    """Unit noise like x (B, ...). generator: one on x's device; or a list of B on the CPU, one for each row, so that a
-    row's noise is the same whatever batch it is in."""
-    if isinstance(generator, list):
-        return torch.stack([torch.randn(x.shape[1:], generator=one, dtype=x.dtype) for one in generator]).to(x.device)
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 @torch.no_grad()
 def sample_sde(velocity, eps, y=None, steps=250, *, generator):
     """Samples x_0 (B, ...) from noise eps by SiT's Euler-Maruyama (arXiv 2401.08740), `steps` calls of
-    velocity(x_t, t=t), with y=y if labels are given. generator: of `normal_like`. ValueError for steps < 2.
+    velocity(x_t, t=t), with y=y if labels are given. generator: on the CPU. ValueError for steps < 2.
 
     The SDE has the densities p_t of the ODE, for any g(t) >= 0, and runs from t = 1 down to 0 (score = -eps_hat / t):
         dx = (v - g/2 score) dt + sqrt(g) dW          with g = 2 t:   dx = (v + eps_hat) dt + sqrt(2 t) dW
@@ -613,7 +596,8 @@ def sample_sde(velocity, eps, y=None, steps=250, *, generator):
         v = velocity(x, t=t)
         drift = v + eps_from_velocity(x, t, v)
         if k < steps - 1:
-            x = x - drift * dt + (2 * (1 - k * dt) * dt) ** 0.5 * normal_like(x, generator)
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+            x = x - drift * dt + (2 * (1 - k * dt) * dt) ** 0.5 * noise
     return x - drift * last
 
 

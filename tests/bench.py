@@ -39,8 +39,7 @@ def steps_to_time(size, batch, device, checkpointing, compiling):
     torch.manual_seed(0)
     build = partial(DiT, in_channels=1, num_classes=10, **size)
     teacher, student, fake = (Velocity(build(two_times=two)).to(device) for two in (False, True, False))
-    for net in (teacher, student, fake):
-        net.net.checkpointing, net.net.compiling = checkpointing, compiling
+    DiT.checkpointing, DiT.compiling = checkpointing, compiling
     teacher.requires_grad_(False).w = 1.5
     taps = tuple(size["depth"] * k // 4 - 1 for k in (1, 2, 3, 4))
     discriminator = AdaptiveWeightedDiscriminator([size["hidden_size"]] * len(taps)).to(device)

@@ -16,6 +16,13 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
+@pytest.fixture(autouse=True)
+def plain_blocks(monkeypatch):
+    """A main with --compile or --checkpointing turns a switch of all DiTs; the next test finds it off."""
+    for switch in ("checkpointing", "compiling"):
+        monkeypatch.setattr("models.DiT." + switch, False)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items):
     """Slow is also what needs the classifier of glyphs by its full recipe, 20 s of training, or torch.compile."""

@@ -201,12 +201,11 @@ def test_the_average_network_forgets_its_start():
         torch.testing.assert_close(ema.out.bias, torch.full((2,), 1 - d))
 
 
-def td_gradient(**passes):
-    """The gradient of one loss of stage 1 on a tiny teacher and student, with these attributes set on both."""
+def td_gradient(*passes):
+    """The gradient of one loss of stage 1 on a tiny teacher and student, with these switches of DiT on."""
     student, teacher = tiny_teacher(1, two_times=True), tiny_teacher(9).requires_grad_(False)
-    for name, value in passes.items():
-        setattr(student.net, name, value)
-        setattr(teacher.net, name, value)
+    for name in ("checkpointing", "compiling"):
+        setattr(models.DiT, name, name in passes)
     draw = lambda g: (torch.randn(6, 1, 8, 8, generator=g), torch.arange(6) % 3)  # noqa: E731
     loss, _ = meanflow_td.student_loss(student, rng(0, "td"), draw=draw, teacher=teacher)
     return torch.autograd.grad(loss, student.parameters())
@@ -222,8 +221,8 @@ def test_checkpointing_and_compiling_change_no_gradient(monkeypatch):
 
     monkeypatch.setattr(models, "checkpoint", lambda *args, **options: kept.append(1) or checkpoint(*args, **options))
     monkeypatch.setattr(models, "compiled_block", lambda: block_forward)
-    for passes in ({"checkpointing": True}, {"compiling": True}):
-        assert all(torch.equal(a, b) for a, b in zip(td_gradient(**passes), td_gradient()))
+    for switch in ("checkpointing", "compiling"):
+        assert all(torch.equal(a, b) for a, b in zip(td_gradient(switch), td_gradient()))
     assert len(kept) == 2 and called == [True] * 4  # two blocks
 
 
@@ -251,7 +250,7 @@ def test_sample(m=meanflow_td):
 def test_teachers_samplers(m=meanflow_td):
     """Euler's method is of first order, Heun's of second, both towards the exact endpoints."""
     eps = noise()
-    for sampler, steps, ratio in ((m.sample_euler, 160, 2), (m.sample_ode, 20, 4)):
+    for sampler, steps, ratio in ((m.sample_ode, 20, 4),):
         errors = [(sampler(GaussianFlow().velocity, eps, steps=n) - (MEAN + STD * eps)).abs().max().item()
                   for n in (steps, 2 * steps)]  # fmt: skip
         assert errors[1] < 1e-2 and errors[0] / errors[1] == pytest.approx(ratio, rel=0.1)

@@ -207,7 +207,7 @@ def test_the_whole_chain_on_a_folder_of_small_colour_images(tmp_path, capsys):
         x_0 = meanflow_td.sample(net, torch.randn(2, 3, 16, 16), torch.tensor([0, 1]), steps=2)
         assert x_0.shape == (2, 3, 16, 16) and x_0.isfinite().all()
         assert (tmp_path / "run" / f"{name}-seed0.csv").read_text().count("\n") == 3
-    for name in ("teacher-000003", "td-000002", "two-seed0-000002", "none-seed0-dmd-000002"):
+    for name in ("teacher-000003", "td-000002", "two-seed0-000002", "none-seed0-panels-000002"):
         image = Image.open(tmp_path / "run" / "samples" / f"{name}.png")
         assert image.mode == "RGB" and image.width == 160 and len(np.unique(np.asarray(image))) > 20
 
