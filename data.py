@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -28,6 +29,16 @@ from tqdm import tqdm
 
 class BadInput(SystemExit):
     """A sentence for whoever typed the command: Python prints it in the place of a traceback, and exits with 1."""
+
+
+@contextmanager
+def blame(what, remedy):
+    """Any error within, reading a file that is cut off or holds something else, becomes BadInput: what, why, remedy."""
+    try:
+        yield
+    except Exception as error:  # neither torch nor numpy nor Pillow has one type for all of them
+        why = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        raise BadInput(f"{what} ({why}): {remedy}") from error
 
 
 def rng(seed, *stream, device="cpu"):
@@ -66,10 +77,8 @@ def load(path, hint):
     """What `save` wrote, on the CPU. Nothing in the file is run. hint: the remedy where there is no such file."""
     if not Path(path).is_file():
         raise BadInput(f"{path} is not there: {hint}")
-    try:
+    with blame(f"{path} can't be read", "remove it, or name another file"):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch has no one type for a file that is cut off or holds something else
-        raise BadInput(f"{path} can't be read ({type(error).__name__}). Remove it, or name another file.") from error
 
 
 def check_made(path, was, now):
@@ -317,13 +326,11 @@ class ImageFolder:
         return len(self.paths)
 
     def __getitem__(self, i):
-        try:
+        with blame(f"{self.paths[i]} can't be read as an image", "repair or remove it"):
             image = Image.open(self.paths[i])
             if image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a channel")
             image = (ImageOps.exif_transpose(image) if self.upright else image).convert("RGB")
-        except Exception as error:  # Pillow has no one type for a damaged file
-            raise BadInput(f"{self.paths[i]} can't be read as an image ({error}): repair or remove it") from error
         return np.asarray(centre_crop(image, self.size) if self.size else image)
 
     def read(self, rows):

@@ -37,11 +37,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from data import BadInput, ImageFolder, check_made, glyphs, go_on, join, progress, rng, save_grid, to_float, to_uint8, write_json
+from data import (BadInput, ImageFolder, blame, check_made, glyphs, go_on, join, progress, rng, save_grid, to_float,
+                  to_uint8, write_json)  # fmt: skip
 from dmd_refine import COLOURS, VARIANTS
 from meanflow_td import learning_rate, load_net, new_network, open_data, sample, sample_ode, update
 from models import (AutoencoderKL, DiT, DiTTeacher, SiTTeacher, load_teacher, load_vae, load_weights,
-                    sample_sde, weights, weights_path)  # fmt: skip
+                    sample_sde, weights_path)  # fmt: skip
 
 # --- InceptionV3 -----------------------------------------------------------------------------------------------------
 #
@@ -251,11 +252,9 @@ def precision_recall(data, gen, k=3, rows=1024):
 
 def read_npz(path):
     """The arrays of an npz file, {name: array}. BadInput: no such file, or none of numpy's. No code in it is run."""
-    try:
+    with blame(f"{path} can't be read as an npz of plain arrays", "name another file"):
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except Exception as error:  # numpy has no one type for a file of something else
-        raise BadInput(f"{path} can't be read as an npz of plain arrays ({error}): name another file") from error
 
 
 def open_images(path, size=None):
@@ -293,7 +292,7 @@ def score(images, reference, *, inception="inception", resize="tf1", device="cpu
     """
     gen, of_base, notes = open_images(images), None, []
     known = {} if Path(reference).is_dir() else read_npz(reference)
-    net = load_weights(InceptionV3, weights(inception), inception).to(device)
+    net = load_weights(lambda state: InceptionV3(), inception).to(device)
     sha256 = hashlib.sha256(weights_path(inception).read_bytes()).hexdigest()
     row = {"images": str(images), "n": len(gen), "reference": str(reference), "resize": resize, "inception": sha256}
     try:
@@ -306,12 +305,9 @@ def score(images, reference, *, inception="inception", resize="tf1", device="cpu
     for name, feature, mu, sigma in (("FID", "pool", "mu", "sigma"), ("sFID", "spatial", "mu_s", "sigma_s")):
         if "mu" in known and mu not in known:  # pytorch-fid's files know nothing of sFID
             continue
-        try:
+        with blame(f"{reference}: {mu} and {sigma} do not belong to Inception's features", "name another --reference"):
             theirs = (known[mu], known[sigma]) if "mu" in known else statistics(of_base[feature])
             row[name] = frechet_distance(*theirs, *statistics(of_gen[feature]))
-        except (KeyError, ValueError) as error:
-            raise BadInput(f"{reference}: {mu} and {sigma} do not belong to Inception's features ({error}); name "
-                           "another --reference") from error  # fmt: skip
     row["IS"] = inception_score(of_gen["logits_no_bias"])
     if of_base:
         row["precision"], row["recall"] = precision_recall(of_base["pool"], of_gen["pool"])

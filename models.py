@@ -36,7 +36,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from data import BadInput
+from data import BadInput, blame
 
 # --- Conversions: what leaves a network is a velocity; whoever wants x_0, eps or the score takes it from there --------
 
@@ -727,37 +727,26 @@ def weights_path(name, fetch=True):
         return Path(name)
     url = URLS[name]  # both VAEs have the same file name there
     path = Path(torch.hub.get_dir(), "checkpoints", f"{name.replace('/', '-')}-{url.rsplit('/', 1)[1]}")
-    try:
+    with blame(f"{name} can't be fetched", f"download {url} and put it at {path}"):
         if not path.exists():
             if not fetch:
                 raise OSError("not tried")
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))
-    except OSError as error:
-        raise BadInput(f"{name} can't be fetched ({error}): download {url} and put it at {path}") from error
     return path
 
 
-def weights(name):
-    """{name: tensor} in `weights_path(name)`: a state dict, or the one that it holds as ema, model or state_dict."""
+def load_weights(build, name):
+    """build(state), frozen, with the weights `state`, {name: tensor}, of `weights_path(name)`: they have to have exactly
+    its names and shapes. In the file they may lie under "ema", "model" or "state_dict". BadInput: another net's."""
     path = weights_path(name)
-    try:
+    with blame(f"{path} holds no weights", "fetch it again, or name another file of nothing but tensors"):
         with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's and SiT's own scripts save one along
             state = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(next((state[key] for key in ("ema", "model", "state_dict") if key in state), state))
-    except Exception as error:  # torch has no one type for a file that is cut off or holds something else
-        raise BadInput(f"{path} holds no weights ({type(error).__name__}): it is cut off, or has more than tensors in "
-                       "it; fetch it again, or name another") from error  # fmt: skip
-
-
-def load_weights(build, state, name):
-    """build() with the weights {name: tensor}, of exactly its own names and shapes, frozen. BadInput: another net's."""
-    try:
-        net = build()
+        state = dict(next((state[key] for key in ("ema", "model", "state_dict") if key in state), state))
+    with blame(f"{path} holds the weights of another network", "name another file"):
+        net = build(state)
         net.load_state_dict(state)
-    except Exception as error:  # of missing names, other shapes, or no dict at all
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise BadInput(f"{name} holds the weights of another network ({said}): name another file") from error
     return net.eval().requires_grad_(False)
 
 
@@ -770,9 +759,8 @@ def load_teacher(name):
     kinds = [kind for kind in (SiTTeacher, DiTTeacher) if kind.__name__[:3] in own]
     if len(kinds) != 1:
         raise BadInput(f"{name}: a teacher's file needs SiT or DiT in its name, whose clocks differ: SiT-XL-2-256.pt")
-    state = weights(name)
 
-    def build():
+    def build(state):
         hidden_size, in_channels, _, patch_size = state["x_embedder.proj.weight"].shape
         return DiT(
             math.isqrt(state["pos_embed"].shape[1]) * patch_size, patch_size, in_channels, hidden_size,
@@ -782,19 +770,21 @@ def load_teacher(name):
             num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
             learn_sigma=len(state["final_layer.linear.bias"]) == 2 * in_channels * patch_size**2)  # fmt: skip
 
-    return kinds[0](load_weights(build, state, name))
+    return kinds[0](load_weights(build, name))
 
 
 def load_vae(name):
     """Stable Diffusion's autoencoder, frozen: "vae-ema", "vae-mse", or a file. Sizes are read from the shapes."""
-    # PRIOR: the published files carry older names for the attention's linear layers, which once were 1x1 convolutions
-    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    state = {}
-    for key, weight in weights(name).items():
-        key = re.sub(r"(attentions\.0\.)(\w+)", lambda found: found[1] + old.get(found[2], found[2]), key)
-        state[key] = weight.flatten(1) if "attentions" in key and weight.ndim == 4 else weight
-    inner = re.compile(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.bias")
-    found = {tuple(map(int, at.groups())): len(state[key]) for key in state if (at := inner.fullmatch(key))}
-    channels = [width for (_, layer), width in sorted(found.items()) if layer == 0]
-    layers, latent = len(found) // max(1, len(channels)), len(state.get("post_quant_conv.bias", ()))
-    return load_weights(lambda: AutoencoderKL(channels, layers, latent), state, name)
+
+    def build(state):
+        # PRIOR: the published files carry older names for the attention's linear layers, once 1x1 convolutions
+        old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+        for key in [key for key in state if "attentions" in key]:
+            weight, (start, layer, end) = state.pop(key), re.fullmatch(r"(.*\.0\.)(\w+)(.*)", key).groups()
+            state[start + old.get(layer, layer) + end] = weight.flatten(1) if weight.ndim == 4 else weight
+        inner = re.compile(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.bias")
+        found = {tuple(map(int, at.groups())): len(state[key]) for key in state if (at := inner.fullmatch(key))}
+        channels = [width for (_, layer), width in sorted(found.items()) if layer == 0]
+        return AutoencoderKL(channels, len(found) // len(channels), len(state["post_quant_conv.bias"]))
+
+    return load_weights(build, name)
