@@ -1,8 +1,7 @@
-"""What is drawn, read and saved: random numbers, images, latents, and the file that a killed run resumes from.
+"""What is drawn, read and saved: random numbers, images, latents, results, the file that a killed run resumes from.
 
 Randomness is a function of (seed, stream, step), never of history. So a stage of training is ONE file, which `go_on`
 writes every minute: networks, optimisers, step. The same command again reads it and goes on, bit for bit on the CPU.
-
 Images are uint8 (H, W, C) in files, and float (B, C, H, W) in [-1, 1] for networks. A source of training data is a
 function draw(batch, generator) -> x_0 (B, ...), y (B,): `draw_glyphs`, `ImageFolder.draw`, `Latents.draw`.
 """
@@ -69,7 +68,7 @@ def save(path, state):
 
 
 def write_json(path, value):
-    """A value as JSON."""
+    """A value, for people and other programs."""
     put(path, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n"))
 
 
@@ -85,8 +84,8 @@ def check_made(path, was, now):
     """BadInput unless `was`, the dict that says how `path` was made, agrees with the dict `now`."""
     for key, value in json.loads(json.dumps(now)).items():  # as it is read back: tuples become lists
         if was.get(key) != value:
-            raise BadInput(f"{path} was made with {key} = {was.get(key)!s:.99}, not {value!s:.99}: give the same flags, "
-                           "or name another folder (--out, --cache), or remove it")  # fmt: skip
+            raise BadInput(f"{path} was made with {key} = {was.get(key)!s:.99}, not {value!s:.99}: give the same "
+                           "flags, or name another folder (--out, --cache), or remove it")  # fmt: skip
 
 
 def go_on(path, parts, one_step, *, steps, config, look=None, look_every=500, every=60.0, log_every=100):
@@ -202,8 +201,8 @@ def new_figure(width, height, rows=1, columns=1, **options):
 
 
 def over_seeds(rows, facts, measures):
-    """One row for all rows of one "what" and the same facts: "seeds", how many they are, and of each of the measures its
-    mean and standard deviation (0 of a single row)."""
+    """One row for all rows of one "what" and the same facts: "seeds", how many they are, and of each of the measures
+    its mean and standard deviation (0 of a single row)."""
     groups, joined = {}, []
     for row in rows:
         groups.setdefault((row["what"], *map(row.get, facts)), []).append(row)
@@ -369,8 +368,8 @@ def encode(folder, vae, cache, about, batch=32):
 
 
 class Latents:
-    """What `encode` wrote, memory-mapped. With a folder, it is called first. about: what info.json has to say of them.
-    BadInput: made with other settings, or not complete."""
+    """What `encode` wrote, memory-mapped; it is called first if a folder is given. about: what info.json has to say.
+    BadInput: it does not, or not all are encoded."""
 
     def __init__(self, cache, vae, folder=None, about={}):
         if folder and ranks() == 1:

@@ -46,9 +46,9 @@ from models import (AutoencoderKL, DiT, DiTTeacher, SiTTeacher, load_teacher, lo
 
 # --- InceptionV3 -----------------------------------------------------------------------------------------------------
 #
-# Szegedy et al., arXiv 1512.00567, in the variant that TensorFlow published on 2015-12-05 and that all FIDs use. Others
-# differ in three places: here average pools inside the blocks do not count the padding, the last block pools by maximum,
-# and there are 1008 classes. Module names are those of the weight file.
+# Szegedy et al., arXiv 1512.00567, in the variant that TensorFlow published on 2015-12-05 and that all FIDs use: the
+# average pools inside the blocks do not count the padding, the last block pools by maximum, and there are 1008 classes.
+# Module names are those of the weight file.
 
 
 class ConvNorm(nn.Module):
@@ -467,8 +467,9 @@ def judge_run(out, count, seed, device, quick=False):
     data.report(out / "results.json", rows, ("updates", "nfe"), [*MEASURES, "class_accuracy"])
     compare(rows)
     plot_variants(out / "curves.png", rows)
-    data.plot_curves(out / "spectrum.png", spectra, "cycles", {"power": ("power, over data's", "linear")},
-                     {what: dict(marker="o", ms=3) for what in pictures}, "Detail: power by cycles per image")  # fmt: skip
+    styles = {what: dict(marker="o", ms=3) for what in pictures}
+    data.plot_curves(out / "spectrum.png", spectra, "cycles", {"power": ("power, over data's", "linear")}, styles,
+                     "Detail: power by cycles per image")  # fmt: skip
     save_grid(out / "grid.png", torch.cat(list(pictures.values())), columns=20)
     print(f"In {out}: results.json, curves.png, spectrum.png, and grid.png, a row for each of: {'; '.join(pictures)}.")
 

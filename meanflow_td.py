@@ -20,8 +20,8 @@ things follow:
 - The teacher's v is a function of (x_t, t), while eps - x_0 is a noisy sample of it: distillation has a deterministic
   target. If v is guided, so is the student, and it samples without guidance.
 
-What this stage leaves behind: the map from noise to data is steep wherever the path decides between two modes. A network
-of finite size smooths these places, and samples fall between the modes (toy2d.py). Stage 2, dmd_refine.py, mends it.
+What this stage leaves behind: the map from noise to data is steep wherever the path decides between two modes. A
+finite network smooths these places, and samples fall between the modes (toy2d.py). Stage 2, dmd_refine.py, mends it.
 
     python meanflow_td.py --data glyphs                                   # digits: trains the teacher, then its student
     python meanflow_td.py --data folder --data-dir DIR                    # your own small images, a folder per class
@@ -356,8 +356,8 @@ def settings(presets, quick_presets, *, data, quick, parts, **flags):
     if flags["w"] <= 0:
         raise BadInput(f"--w {flags['w']:g}: guidance is above 0, and 1 is none")
     if rest or preset["parts"] % ranks():
-        raise BadInput(f"a batch of {preset['batch']} in {preset['parts']} parts for {ranks()} processes: all must have "
-                       "the same share; change --batch or --parts")  # fmt: skip
+        raise BadInput(f"a batch of {preset['batch']} in {preset['parts']} parts for {ranks()} processes: all must "
+                       "have the same share; change --batch or --parts")  # fmt: skip
     return preset
 
 

@@ -1,6 +1,5 @@
-"""The networks, and the one convention that all files share.
-
-The convention (flow matching's linear path; Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003)
+"""The networks, and the one convention that all files share: the linear path of flow matching (Lipman et al., arXiv
+2210.02747; Liu et al., arXiv 2209.03003).
 
     x_t = (1 - t) x_0 + t eps          t = 0 is data, t = 1 is noise
     v   = E[dx_t/dt | x_t]             for one pair (x_0, eps) the derivative is eps - x_0
@@ -105,8 +104,8 @@ class Linear(nn.Linear):
 
 
 def symmetric(f, x):
-    """f(x), for an f whose Jacobian J is symmetric: softmax, or LayerNorm without a gain.
-    Its tangent J dx is then J^T dx: the backward pass, one kernel, where torch's forward mode takes ten."""
+    """f(x), for an f whose Jacobian J is symmetric: softmax, or LayerNorm without a gain. Its tangent J dx is then
+    J^T dx: the backward pass, one kernel, where torch's forward mode takes ten."""
     x, dx = forward_ad.unpack_dual(x)
     if dx is None:
         return f(x)
@@ -115,9 +114,8 @@ def symmetric(f, x):
 
 
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v, for q, k, v (B, heads, N, d) -> (B, heads, N, d).
-    Where q carries a tangent, softmax is written out, with an N x N matrix for each head: torch's fused kernels have no
-    forward-mode derivative (NotImplementedError, on the CPU too)."""
+    """softmax(q k^T / sqrt(d)) v, for q, k, v (B, heads, N, d) -> (B, heads, N, d). Where q carries a tangent, softmax
+    is written out: torch's fused kernels have no forward-mode derivative (NotImplementedError, on the CPU too)."""
     if forward_ad.unpack_dual(q).tangent is None:
         return F.scaled_dot_product_attention(q, k, v)
     return symmetric(partial(torch.softmax, dim=-1), (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)) @ v
@@ -138,8 +136,6 @@ class VelocityMLP(nn.Module):
     Call: net(x_t, t=t) -> v (B, dim), or with two_times=True net(x_t, t=t, r=r) -> u (B, dim).
     x_t (B, dim); times t and r (B,) in [0, 1]; labels y are ignored. depth: the number of hidden layers.
     Raises ValueError where r is missing, or given to a network that has no place for it.
-
-    With two_times=True the span t - r gets an embedding of its own, which is zero at t = r and whose weights start at 0.
     """
 
     def __init__(self, dim, width, depth, two_times=False):
@@ -153,7 +149,7 @@ class VelocityMLP(nn.Module):
         time_features = 1 + 2 * len(self.time_frequencies)
         self.embed_x = Linear(dim * (1 + 2 * len(self.space_frequencies)), width)
         self.embed_t = Linear(time_features, width)
-        if two_times:
+        if two_times:  # starts at zero, so that a student with its teacher's weights would be its teacher
             self.embed_span = Linear(time_features, width, bias=False)
             nn.init.zeros_(self.embed_span.weight)
         self.hidden = nn.ModuleList(Linear(width, width) for _ in range(depth))
@@ -198,6 +194,7 @@ class VelocityMLP(nn.Module):
 # gate is 0 and every block starts as the identity. The names of the parameters are the published checkpoints', so those
 # load key for key. That is why a lone layer sometimes sits in a chain of one.
 
+
 def sinusoid_angles(x, n):
     """Angles x * 10000^(-k/n), k = 0 .. n-1: times or positions x (N,) -> (N, n), in x's own precision."""
     k = torch.arange(n, dtype=x.dtype, device=x.device)
@@ -205,16 +202,16 @@ def sinusoid_angles(x, n):
 
 
 def grid_positions(channels, side):
-    """The fixed position vectors of a side x side grid of tokens, row by row: (1, side^2, channels).
-    The first half of the channels holds the column, the second half the row, each as sines, then cosines."""
+    """The fixed position vectors of a side x side grid of tokens, row by row: (1, side^2, channels). The first half of
+    the channels holds the column, the second half the row, each as sines, then cosines."""
     i = torch.arange(side * side, dtype=torch.float64)  # float64: a table computed once can be exact
     angles = [sinusoid_angles(axis, channels // 4) for axis in (i % side, i // side)]  # column, row
     return torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1)[None].float()
 
 
 class TimeEmbedder(nn.Module):
-    """Times t (B,), fractional ones too -> (B, hidden_size): 128 cosines, 128 sines, two linear layers.
-    Autocast is off: bf16 moves in steps of 0.004 just below 1, and a small t - r would be lost in them."""
+    """Times t (B,) -> (B, hidden_size): 128 cosines, 128 sines, two linear layers. Autocast is off: bf16 moves in steps
+    of 0.004 just below 1, and a small t - r would be lost in them."""
 
     def __init__(self, hidden_size):
         super().__init__()
@@ -283,9 +280,8 @@ class DiT(nn.Module):
     """The diffusion transformer, with one time (a teacher, a fake branch) or with two (a student).
 
     input_size, in_channels: of the square input, 32 and 4 for latents of 256 px images; patch_size divides input_size.
-    hidden_size D: a multiple of 4 and of num_heads. num_classes: labels are below it; it is itself the null class of
-    guidance. learn_sigma: twice the channels; the first half is the prediction, the second DiT's learned variance,
-    which SiT's nets carry along. two_times: adds an embedder of the span t - r.
+    hidden_size D: a multiple of 4 and of num_heads. num_classes: labels are below it; it is the null class of guidance.
+    learn_sigma: twice the channels, the prediction and DiT's learned variance. two_times: embeds the span t - r too.
 
     OURS: the student's second time enters as t - r, like MeanFlow's (arXiv 2505.13447), and the LAST layer of its
     embedder starts at zero. A student that takes all other weights from its teacher therefore starts as its teacher.
@@ -342,9 +338,9 @@ class DiT(nn.Module):
         return self.x_embedder(x_t).flatten(2).transpose(1, 2).contiguous() + self.pos_embed, c
 
     def forward(self, x_t, *, t, y, r=None):
-        """The network's answer at x_t (B, C, H, W), time t (B,), labels y (B,) int64: (B, out_channels, H, W).
-        t, and r (B,) where there are two times, go to the embedders as they are: 0 .. 999 for a published DiT, [0, 1]
-        for SiT, [0, CLOCK] for nets trained here. What the answer means, the wrapper knows (see `Velocity`)."""
+        """The network's answer at x_t (B, C, H, W), labels y (B,) int64: (B, out_channels, H, W). t (B,), and r (B,)
+        where there are two times, are in the net's own clock: 0 .. 999 for a published DiT, [0, 1] for SiT, [0, CLOCK]
+        for nets trained here. What the answer means, the wrapper knows (see `Velocity`)."""
         x, c = self.embed(x_t, t, y, r)
         for block in self.blocks:
             x = self.run(block, x, c)
@@ -366,8 +362,8 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, rows * p, columns * p)
 
     def run(self, block, x, c):
-        """block(x, c); the rest is memory and speed. checkpointing: keep what enters a block, and compute it again in
-        the backward pass, for a third more time. compiling: by torch.compile, which would lose du/dt's tangents."""
+        """block(x, c). checkpointing: keep what enters the block, and compute it again in the backward pass, for a
+        third more time. compiling: by torch.compile, which would lose du/dt's tangents."""
         if forward_ad.unpack_dual(x).tangent is not None:
             return block(x, c)
         call = partial(compiled_block(), block) if self.compiling else block
@@ -386,7 +382,7 @@ def compiled_block():
 def student_from_teacher(teacher):
     """A student in its teacher's wrapper, on its device, that answers as the unguided teacher does, whatever r is.
     Only the first layer of the new embedder is random (torch's global generator); the last one is zero."""
-    net = DiT(**teacher.net.config, two_times=True)  # random numbers of the CPU are the same everywhere
+    net = DiT(**teacher.net.config, two_times=True)
     net.load_state_dict({**net.state_dict(), **teacher.net.state_dict()})
     return type(teacher)(net).to(teacher.net.pos_embed.device)
 
@@ -400,9 +396,8 @@ CLOCK = 30.0
 
 class Velocity(nn.Module):
     """A DiT that answers in our convention: v(x_t, t), or u(x_t, r, t) if it has two times. Its clock is CLOCK t.
-    This one wraps nets trained here: teachers, students, fake branches. SiTTeacher and DiTTeacher wrap the published
-    teachers, and their students and fake branches, by other `to_net` and `to_velocity`.
-    w, cfg_channels: the guidance of a call, see `velocity`. A student's w stays 1: its teacher's is baked in."""
+    This one wraps teachers, students and fake branches trained here; SiTTeacher and DiTTeacher, by other `to_net` and
+    `to_velocity`, those of published weights. w, cfg_channels: a teacher's guidance, see `velocity`."""
 
     times = 0.0, 1.0  # between which it knows its velocity; DiTTeacher has others
 
@@ -670,9 +665,8 @@ def stages(channels, layers, resize):
 
 
 class AutoencoderKL(nn.Module):
-    """Stable Diffusion's autoencoder, key for key that of diffusers: 248 keys, 83,653,863 numbers at the default sizes.
-    Images are in [-1, 1]; `factor`, 8 at the default, divides their side. Channels are multiples of 32. No scale is
-    applied here: a diffusion model sees `scale` times a latent, of about unit variance."""
+    """Stable Diffusion's autoencoder, key for key that of diffusers. Images are in [-1, 1]; `factor`, 8 at the default,
+    divides their side. A diffusion model sees `scale` times a latent, of about unit variance."""
 
     scale = 0.18215  # PRIOR: latent diffusion's
 
@@ -693,7 +687,7 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x):
         """Images x (B, 3, H, W) in [-1, 1] -> mean and logvar of the latents, (B, latent_channels, H/8, W/8) each.
-        A latent is mean + exp(logvar / 2) * noise. PRIOR: logvar is clamped to [-30, 20], as latent diffusion does."""
+        PRIOR: logvar is clamped to [-30, 20], as latent diffusion does."""
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):  # see `decode`
             mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
@@ -737,8 +731,8 @@ def weights_path(name, fetch=True):
 
 
 def load_weights(build, name):
-    """build(state), frozen, with the weights `state`, {name: tensor}, of `weights_path(name)`: they have to have exactly
-    its names and shapes. In the file they may lie under "ema", "model" or "state_dict". BadInput: another net's."""
+    """build(state), frozen, with the weights `state`, {name: tensor}, of `weights_path(name)`, which need exactly its
+    names and shapes. In the file they may lie under "ema", "model" or "state_dict". BadInput: another net's."""
     path = weights_path(name)
     with blame(f"{path} holds no weights", "fetch it again, or name another file of nothing but tensors"):
         with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's and SiT's own scripts save one along
