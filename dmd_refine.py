@@ -13,15 +13,14 @@ distribution. For that, minimise KL(student || teacher) on noised samples, whose
 
 A score is -(x_t - (1 - t) x0_guess)/t^2, so score_fake - score_real = (1 - t)/t^2 (x0_fake - x0_real), and grad is the
 gradient of the KL up to a factor for each sample.
-The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen, several updates for
-each of the student's. It always lags a little behind the student, and each score is good only where its network has
-seen samples, so the two distributions should overlap from the start: that is the paper's reason for stage 1.
+The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen. It always lags a
+little behind the student, and each score is good only where its network has seen samples, so the two distributions
+should overlap from the start: that is the paper's reason for stage 1.
 The adversarial term adds what neither score knows: real data. A discriminator (awd.py) reads the frozen teacher's
-features of x_gen at a little noise, where local defects can still be seen.
+features of x_gen at a little noise, where local defects can still be seen. Three players, each update moves one:
 
-    L_G = L_DMD + lambda_adv L_adv                    L_adv = -mean D(teacher's features of the noised x_gen)
-Three players, each update moves one of them:
-    fake branch <- flow matching on x_gen     discriminator <- hinge on noised x_data and x_gen     student <- L_G
+    fake branch <- flow matching on x_gen          discriminator <- hinge on noised x_data and x_gen
+    student     <- L_G = L_DMD + lambda_adv L_adv  L_adv = -mean D(teacher's features of the noised x_gen)
 
     python dmd_refine.py --data glyphs                         # on images, from the TD student of meanflow_td.py
     python dmd_refine.py --data glyphs --ablation --seeds 3    # which part does what: all variants, a table, curves
@@ -30,8 +29,8 @@ Three players, each update moves one of them:
 
 A run adds to the folder of stage 1: <name>-seed<seed>.pt, its csv, in samples/ grids and `panels`, and in budgets/ the
 student at several updates, for the curves of evaluate.py.
-The paper does not state: learning rates, update ratio, lambda_adv, times of the adversarial term. OURS: the defaults of
-`refine`, found on the 2D toy, and GLYPHS; IMAGENET follows DMD2.
+The paper does not state learning rates, update ratio, lambda_adv and the times of the adversarial term. OURS: those of
+`refine`, found in 2D, and GLYPHS; IMAGENET follows DMD2.
 """
 
 import argparse
@@ -95,9 +94,7 @@ def noised(x, generator, times):
 
 def fake_loss(fake, x_gen, y, generator):
     """Flow matching on the student's samples x_gen (B, ...), so that the fake branch knows their distribution.
-
-    PRIOR: at all t in [0, 1], though DMD asks it only at T_DMD (DMD2's code).
-    """
+    PRIOR: at all t in [0, 1], though DMD asks it only at T_DMD (DMD2's code)."""
     x_t, noise, t = noised(x_gen, generator, (0.0, 1.0))
     return flow_matching_loss(fake, x_t, noise - x_gen, t=t, y=y)[0], {}
 
@@ -142,63 +139,54 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-def refine(path, student, teacher, fake, discriminator, draw, *, steps, seed=0, taps=(), lambda_adv=0.03, lr=3e-3,
-           lr_fake=2e-3, lr_discriminator=1e-3, fake_updates=2, make=generate, ema_decay=0.999, config=None, look=None,
-           look_every=500, **how):  # fmt: skip
+RATES = {"student": 3e-3, "fake": 2e-3, "discriminator": 1e-3}  # OURS: peaks of the learning rates, found in 2D
+
+
+def refine(path, student, teacher, fake, discriminator, draw, *, steps, lr=RATES, seed=0, taps=(), lambda_adv=0.03,
+           fake_updates=2, make=generate, ema_decay=0.999, config=None, look=None, look_every=500, **how):  # fmt: skip
     """Train the student by L_G, with its two helpers; return its average network (EMA), frozen.
 
-    path: the stage's file, see `data.go_on`. student: two times, from stage 1 (or without it, for the control).
-    teacher: frozen, guided or not. fake: a copy of it, which is trained; unguided, since the student's samples have the
-    guidance in them. discriminator: an awd.AdaptiveWeightedDiscriminator for the layers `taps` of the teacher, or None.
-    make(student, eps, y): makes x_gen. draw(generator) -> x_data (B, ...), y (B,) or None. fake_updates: for each of
-    the student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2, since small networks learn fast). Learning rates
-    are peaks, and fall to 0.
-    look(ema, n): draws a picture after n updates, every look_every. how: clip, parts and amp of `meanflow_td.update`.
-    As in stage 1, `go_on` calls one_step(k) for each k, saves and logs.
+    path, steps, config, look, look_every, how: as in `meanflow_td.train`. lr: a peak for each player, as RATES.
+    student: two times, from stage 1 (or without it, for the control). teacher: frozen, guided or not. fake: a copy of
+    it, which is trained; unguided, since the student's samples have the guidance in them. discriminator: an
+    awd.AdaptiveWeightedDiscriminator for the layers `taps` of the teacher, or None.
+    draw(generator) -> x_data (B, ...), y (B,) or None. make(student, eps, y) -> x_gen. fake_updates: for each of the
+    student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2, since small networks learn fast).
     """
     players = {"student": student, "fake": fake} | ({"discriminator": discriminator} if discriminator else {})
-    peaks = {"student": lr, "fake": lr_fake, "discriminator": lr_discriminator}
     # PRIOR: no momentum between players that chase each other (Brock et al., arXiv 1809.11096)
     optimizers = {f"{name} optimizer": torch.optim.Adam(net.parameters(), betas=(0.0, 0.99), fused=True)
                   for name, net in players.items()}  # fmt: skip
     ema = copy.deepcopy(student).requires_grad_(False)
 
-    def drawn(generator):
-        """Data, labels, and the student's samples of the same labels. They have a graph when the student is to learn,
-        and none when `move` has frozen it."""
+    def loss_of(name, generator):
+        """The loss of one player. x_gen has a graph if the student is to learn, and none if `move` has frozen it."""
         x_data, y = draw(generator)
-        return x_data, y, make(student, torch.randn(x_data.shape, generator=generator, device=x_data.device), y)
-
-    def of_fake(generator):
-        _, y, x_gen = drawn(generator)
-        return fake_loss(fake, x_gen, y, generator)
-
-    def of_discriminator(generator):
-        x_data, y, x_gen = drawn(generator)
-        return discriminator_loss(discriminator, teacher, x_data, x_gen, y, generator, taps=taps)
-
-    def of_student(generator):
-        _, y, x_gen = drawn(generator)
+        x_gen = make(student, torch.randn(x_data.shape, generator=generator, device=x_data.device), y)
+        if name == "fake":
+            return fake_loss(fake, x_gen, y, generator)
+        if name == "discriminator":
+            return discriminator_loss(discriminator, teacher, x_data, x_gen, y, generator, taps=taps)
         return generator_loss(teacher, fake, discriminator, x_gen, y, generator, lambda_adv=lambda_adv, taps=taps)
 
-    def move(name, loss_of, k, again=0):
+    def move(name, k, again=0):
         """One update of one player. Gradients may flow through the other networks, but not into them."""
         for other, net in players.items():
             net.requires_grad_(other == name)
-        return update(players[name], optimizers[f"{name} optimizer"], loss_of, lr=learning_rate(k, steps, peaks[name]),
-                      words=(seed, path.stem, name, k, again), **how)  # fmt: skip
+        return update(players[name], optimizers[f"{name} optimizer"], partial(loss_of, name),
+                      lr=learning_rate(k, steps, lr[name]), words=(seed, path.stem, name, k, again), **how)  # fmt: skip
 
     def one_step(k):
         for again in range(fake_updates):
-            log = {f"fake_{key}": value for key, value in move("fake", of_fake, k, again).items()}
+            log = {f"fake_{key}": value for key, value in move("fake", k, again).items()}
         if discriminator is not None:
             discriminator.power_iteration()
-            log |= {f"d_{key}": value for key, value in move("discriminator", of_discriminator, k).items()}
-        log = move("student", of_student, k) | log
+            log |= {f"d_{key}": value for key, value in move("discriminator", k).items()}
+        log = move("student", k) | log
         update_ema(ema, student, k, ema_decay)
         return log
 
-    config = {**(config or {}), "seed": seed, "taps": taps, "lambda_adv": lambda_adv, "lr": peaks,
+    config = {**(config or {}), "seed": seed, "taps": taps, "lambda_adv": lambda_adv, "lr": lr,
               "fake_updates": fake_updates, "clip": how.get("clip"), "parts": how.get("parts", 1)}  # fmt: skip
     go_on(path, {**players, **optimizers, "ema": ema}, one_step, steps=steps, config=config,
           look=look and partial(look, ema), look_every=look_every)  # fmt: skip
@@ -221,8 +209,7 @@ class FakeByCalls(nn.Module):
     """The fake branch of a student of 2 calls, with a second set of labels for the samples that took 2.
 
     OURS: a fake branch that knows only the mixture of both lets the student be too blurred in 1 call and too sharp in
-    2, for the two average out. fake: a models.Velocity. The rows of forward are those of `generate_by_calls`.
-    """
+    2, for the two average out. fake: a models.Velocity. Its rows are those of `generate_by_calls`."""
 
     def __init__(self, fake):
         super().__init__()
@@ -330,13 +317,13 @@ def probe(path, draw, student, teacher, build, *, taps, levels, images, updates)
 # pull_adv is then up to 0.7 times pull_dmd. At 0.01 it is more than twice pull_dmd, and the distance a tenth larger.
 # At twice this lr samples vary less (recall 0.71, not 0.80). All on seed 3, 500 updates. The other numbers come from
 # earlier versions.
-GLYPHS = dict(batch=32, steps=2000, taps=(1, 3), lambda_adv=3e-3, lr=1e-3, lr_fake=1e-3, lr_discriminator=5e-3,
-              fake_updates=2, clip=10.0)  # fmt: skip
-# PRIOR: lr, lr_fake, fake_updates, clip and lambda_adv are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official
-# code); the batch is close to its 280. OURS: steps, lr_discriminator, and the taps: four blocks, evenly spread over the
-# 28 of an XL/2. The paper states none of them.
-IMAGENET = dict(batch=256, steps=50_000, taps=(6, 13, 20, 27), lambda_adv=3e-3, lr=2e-6, lr_fake=2e-6,
-                lr_discriminator=1e-4, fake_updates=5, clip=10.0)  # fmt: skip
+GLYPHS = dict(batch=32, steps=2000, taps=(1, 3), lambda_adv=3e-3, fake_updates=2, clip=10.0,
+              lr={"student": 1e-3, "fake": 1e-3, "discriminator": 5e-3})  # fmt: skip
+# PRIOR: lr, fake_updates, clip and lambda_adv are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official code); the
+# batch is close to its 280. OURS: steps, the discriminator's lr, the taps: four blocks, evenly spread over the 28 of an
+# XL/2. The paper states none of them.
+IMAGENET = dict(batch=256, steps=50_000, taps=(6, 13, 20, 27), lambda_adv=3e-3, fake_updates=5, clip=10.0,
+                lr={"student": 2e-6, "fake": 2e-6, "discriminator": 1e-4})  # fmt: skip
 PRESETS = {"glyphs": GLYPHS, "folder": GLYPHS, "imagenet": IMAGENET}
 QUICK = {"glyphs": dict(steps=20, taps=(0, 1)), "folder": dict(steps=20, taps=(0, 1)),
          "imagenet": dict(batch=4, steps=3, taps=(0, 1), fake_updates=2)}  # fmt: skip

@@ -115,7 +115,7 @@ def watched(m, monkeypatch, players, **how):
 @pytest.mark.parametrize("images", [False, True])
 def test_routing(images, monkeypatch, m=dmd_refine):
     """Each update gives gradients to its own network alone, and to all of it; rates, betas and clip are as told."""
-    rates = dict(lr=1e-2, lr_fake=2e-2, lr_discriminator=3e-2)
+    rates = dict(lr={"student": 1e-2, "fake": 2e-2, "discriminator": 3e-2})
     updates = watched(m, monkeypatch, cast(images), steps=3, clip=1.5, **rates)
     student, _, fake, discriminator = [[{k == player} for k in range(4)] for player in range(4)]
     expected = [(fake, 2e-2), (fake, 2e-2), (discriminator, 3e-2), (student, 1e-2)] * 3
