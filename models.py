@@ -16,16 +16,12 @@ Times are tensors (B,); networks take them by keyword only, and so labels, y=, w
 
 Tags in all files: PAPER, from Cheng et al., arXiv 2511.08930; PRIOR, from earlier work; OURS, our choice, which the
 paper does not state; DIFFERS, departs from a source; TRY, a place to play.
-
-For the method, read up to DiT. The rest is for images: DiT, wrappers that make any DiT answer in our convention, the
-published samplers, the autoencoder, published weights.
+For the method, read up to DiT. The rest is for images.
 """
 
 import argparse
 import math
-import re
 from collections import OrderedDict
-from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 
@@ -78,7 +74,7 @@ def at_least_fp32(x):
 
 def autocast_off(x):
     """A context in which autocast does not lower the precision of work on x's device; "meta" has no autocast."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def chain(**layers):
@@ -131,12 +127,9 @@ def sinusoids(a, frequencies):
 
 
 class VelocityMLP(nn.Module):
-    """A residual MLP for points: the teacher, the student and the fake branch of the 2D toy.
-
-    Call: net(x_t, t=t) -> v (B, dim), or with two_times=True net(x_t, t=t, r=r) -> u (B, dim).
-    x_t (B, dim); times t and r (B,) in [0, 1]; labels y are ignored. depth: the number of hidden layers.
-    Raises ValueError where r is missing, or given to a network that has no place for it.
-    """
+    """A residual MLP for points: the teacher, the student and the fake branch of the 2D toy. x_t (B, dim), t (B,) in
+    [0, 1] -> v (B, dim); with two_times=True also r (B,), -> u. Labels y are ignored. depth: the number of hidden
+    layers. ValueError where r is missing, or given to a network that has no place for it."""
 
     def __init__(self, dim, width, depth, two_times=False):
         super().__init__()
@@ -224,56 +217,46 @@ class TimeEmbedder(nn.Module):
             return self.mlp(waves.to(self.mlp[0].weight.dtype))  # (B, D)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention of tokens, (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, hidden_size, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = Linear(hidden_size, 3 * hidden_size)
-        self.proj = Linear(hidden_size, hidden_size)
-
-    def forward(self, x):
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
-
-
 def modulate(x, shift, scale):
-    """x (1 + scale) + shift, for tokens x (B, N, D), shift and scale (B, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """LayerNorm(x) (1 + scale) + shift, for tokens x (B, N, D), shift and scale (B, D)."""
+    norm = partial(F.layer_norm, normalized_shape=x.shape[-1:], eps=1e-6)
+    return symmetric(norm, x) * (1 + scale[:, None]) + shift[:, None]
 
 
 class DiTBlock(nn.Module):
-    """Attention, then an MLP, each shifted, scaled and gated by the condition c (B, D). Tokens (B, N, D) both ways."""
+    """Multi-head attention, then an MLP, each shifted, scaled and gated by c (B, D). Tokens (B, N, D) both ways."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio):
         super().__init__()
+        self.num_heads = num_heads
         width = int(hidden_size * mlp_ratio)
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = chain(qkv=Linear(hidden_size, 3 * hidden_size), proj=Linear(hidden_size, hidden_size))
         self.mlp = chain(fc1=Linear(hidden_size, width), act=nn.GELU("tanh"), fc2=Linear(width, hidden_size))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_msa[:, None] * self.attn(modulate(symmetric(self.norm1, x), shift_msa, scale_msa))
-        return x + gate_mlp[:, None] * self.mlp(modulate(symmetric(self.norm2, x), shift_mlp, scale_mlp))
+        qkv = self.attn.qkv(modulate(x, shift_msa, scale_msa)).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, N, 3, heads, d) -> each (B, heads, N, d)
+        x = x + gate_msa[:, None] * self.attn.proj(attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
+        return x + gate_mlp[:, None] * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, N, D) and condition c (B, D) -> the numbers of each patch, (B, N, patch_numbers)."""
+    """Tokens (B, N, D) and condition c (B, D) -> image (B, out_channels, H, W)."""
 
-    def __init__(self, hidden_size, patch_numbers):
+    def __init__(self, hidden_size, patch_size, out_channels):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = Linear(hidden_size, patch_numbers)
+        self.patch_size = patch_size
+        self.linear = Linear(hidden_size, patch_size**2 * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(symmetric(self.norm_final, x), shift, scale))
+        x = self.linear(modulate(x, shift, scale))  # (B, N, p*p*C): the channel varies fastest within a token
+        side, p = math.isqrt(x.shape[1]), self.patch_size
+        x = x.unflatten(2, (p, p, -1)).unflatten(1, (side, side))  # (B, rows, columns, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, rows * p, columns * p)
 
 
 class DiT(nn.Module):
@@ -297,8 +280,7 @@ class DiT(nn.Module):
         self.config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels,
                            hidden_size=hidden_size, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
                            num_classes=num_classes, learn_sigma=learn_sigma)  # all but two_times
-        self.patch_size, self.num_classes, self.two_times = patch_size, num_classes, two_times
-        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.num_classes, self.two_times = num_classes, two_times
         self.register_buffer("pos_embed", grid_positions(hidden_size, input_size // patch_size))  # (1, N, D)
         self.x_embedder = chain(proj=nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size))
         self.t_embedder = TimeEmbedder(hidden_size)
@@ -306,24 +288,20 @@ class DiT(nn.Module):
             self.span_embedder = TimeEmbedder(hidden_size)
         self.y_embedder = chain(embedding_table=nn.Embedding(num_classes + 1, hidden_size))
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
-        self.init_weights()
+        self.final_layer = FinalLayer(hidden_size, patch_size, 2 * in_channels if learn_sigma else in_channels)
 
-    @torch.no_grad()
-    def init_weights(self):
-        """PRIOR: as DiT's: Xavier for linear layers, normal(0, 0.02) for embedders, zero for adaLN and the last one."""
+        # PRIOR: as DiT's: Xavier for linear layers, normal(0, 0.02) for embedders, zero for adaLN and the last one
         for layer in self.modules():
             if isinstance(layer, (Linear, nn.Conv2d)):  # the patch layer is a linear layer on flattened patches
-                nn.init.xavier_uniform_(layer.weight.view(len(layer.weight), -1))
+                nn.init.xavier_uniform_(layer.weight.flatten(1))
                 nn.init.zeros_(layer.bias)
-        times = [self.t_embedder, self.span_embedder] if self.two_times else [self.t_embedder]
+        times = [self.t_embedder, self.span_embedder] if two_times else [self.t_embedder]
         for layer in [self.y_embedder.embedding_table, *(embedder.mlp[i] for embedder in times for i in (0, 2))]:
             nn.init.normal_(layer.weight, std=0.02)
-        for part in [*self.blocks, self.final_layer]:
-            nn.init.zeros_(part.adaLN_modulation[1].weight)  # biases are zero already
-        nn.init.zeros_(self.final_layer.linear.weight)
-        if self.two_times:
-            nn.init.zeros_(self.span_embedder.mlp[2].weight)
+        zero = "adaLN_modulation.1.weight", "final_layer.linear.weight", "span_embedder.mlp.2.weight"
+        for name, weight in self.named_parameters():
+            if name.endswith(zero):
+                nn.init.zeros_(weight)
 
     def embed(self, x_t, t, y, r):
         """Tokens (B, N, D) of x_t and the condition c (B, D) of times and labels."""
@@ -344,22 +322,15 @@ class DiT(nn.Module):
         x, c = self.embed(x_t, t, y, r)
         for block in self.blocks:
             x = self.run(block, x, c)
-        return self.unpatchify(self.final_layer(x, c))
+        return self.final_layer(x, c)
 
     def features(self, x_t, *, t, y, taps):
         """The tokens after each of the blocks `taps`, indices from 0: a list of (B, N, D). No later block is run."""
         x, c = self.embed(x_t, t, y, None)
-        tokens = []
+        tokens = [x]
         for block in self.blocks[: max(taps) + 1]:
-            x = self.run(block, x, c)
-            tokens.append(x)
-        return [tokens[i] for i in taps]
-
-    def unpatchify(self, x):
-        """Tokens (B, N, p*p*C) back to images (B, C, H, W); the channel varies fastest within a token."""
-        side, p = math.isqrt(x.shape[1]), self.patch_size
-        x = x.unflatten(2, (p, p, self.out_channels)).unflatten(1, (side, side))  # (B, rows, columns, p, p, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, rows * p, columns * p)
+            tokens.append(self.run(block, tokens[-1], c))
+        return [tokens[1 + i] for i in taps]
 
     def run(self, block, x, c):
         """block(x, c). checkpointing: keep what enters the block, and compute it again in the backward pass, for a
@@ -429,10 +400,8 @@ class Velocity(nn.Module):
 
     def velocity(self, x_t, *, t, y, r=None, w=1.0, cfg_channels=3):
         """Guided velocity v_w = v_null + w (v_cond - v_null): x_t (B, C, H, W), t (B,) in [0, 1], y (B,) -> like x_t.
-
         w: guidance scale; 1 is none, and then the null class costs nothing (Ho & Salimans, arXiv 2207.12598).
-        cfg_channels: only so many channels are guided. PRIOR: 3 of 4 in the official code of DiT and SiT, and in FIDs.
-        """
+        cfg_channels: so many channels are guided. PRIOR: 3 of 4 in the official code of DiT and SiT, and in FIDs."""
         x, time, r = self.to_net(x_t, t, r)
         answer = self.answer(x, time, y, r, w, cfg_channels)
         return self.to_velocity(answer[:, : x_t.shape[1]], x_t, t)  # learned variances, if any, are not for us
@@ -465,7 +434,6 @@ class SiTTeacher(Velocity):
 
 
 DIT_STEPS = 1000  # the published DiT's diffusion has k = 0 .. 999
-DIT_BETAS = 1e-4, 2e-2  # its first and last beta, linear in between (Ho et al., arXiv 2006.11239)
 
 
 class DiTTeacher(Velocity):
@@ -494,7 +462,7 @@ class DiTTeacher(Velocity):
 
     def __init__(self, net):
         super().__init__(net)
-        betas = torch.linspace(*DIT_BETAS, DIT_STEPS, dtype=torch.float64)
+        betas = torch.linspace(1e-4, 2e-2, DIT_STEPS, dtype=torch.float64)  # Ho et al., arXiv 2006.11239
         alpha_bar = (1 - betas).cumprod(0)  # alpha_k^2
         # No buffer: .to(torch.bfloat16) on the module must not round it. Minus the log-SNR, which rises with k.
         self.noise_to_signal = torch.log((1 - alpha_bar) / alpha_bar)  # (1000,)
@@ -502,6 +470,7 @@ class DiTTeacher(Velocity):
 
     def step_of(self, t):
         """Clamp t (B,) to [t_0, t_999]; return it and the fractional step k (B,) in [0, 999] that belongs to it."""
+        t = at_least_fp32(t)
         table = self.noise_to_signal.to(t)
         # log(sigma^2 / alpha^2) = 2 log(t / (1 - t))   <=>   t = sigmoid(log(sigma^2 / alpha^2) / 2)
         t = t.clamp(*(table[[0, -1]] / 2).sigmoid())
@@ -518,18 +487,16 @@ class DiTTeacher(Velocity):
     def to_velocity(self, answer, x_t, t):
         return (answer - x_t) / (1 - expand_times(self.step_of(t)[0], x_t))
 
-    def velocity(self, x_t, *, t, y, r=None, **guidance):
-        r = None if r is None else at_least_fp32(r)
+    def velocity(self, x_t, **options):
         with autocast_off(x_t):
-            return super().velocity(at_least_fp32(x_t), t=at_least_fp32(t), y=y, r=r, **guidance)
+            return super().velocity(x_t, **options)
 
     def respaced(self, steps):
         """The steps k (steps,), rising, that a shorter DDPM takes (PRIOR: arXiv 2102.09672), and alpha_bar there."""
         if not 2 <= steps <= DIT_STEPS:
             raise ValueError(f"the DDPM takes 2 to {DIT_STEPS} steps, not {steps}")
-        stride = torch.full((steps,), (DIT_STEPS - 1) / (steps - 1), dtype=torch.float64)
-        stride[0] = 0
-        k = stride.cumsum(0).round().long()  # summed, as the official code does: where k is a half, rounding decides
+        strides = torch.full((steps - 1,), (DIT_STEPS - 1) / (steps - 1), dtype=torch.float64)
+        k = F.pad(strides, (1, 0)).cumsum(0).round().long()  # summed, as DiT does: where k is a half, rounding decides
         return k, torch.sigmoid(-self.noise_to_signal[k])
 
     def denoise(self, x, y, i, steps):
@@ -627,31 +594,22 @@ class ResnetBlock(nn.Module):
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
-class PixelAttention(nn.Module):
-    """x + self-attention over the pixels of x, one head. (B, C, H, W) both ways."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.group_norm = group_norm(channels)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def forward(self, x):
-        pixels = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1 head, H*W, C)
-        h = self.to_out[0](attention(self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)))
-        return x + h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
-
-
 class Middle(nn.Module):
-    """Residual block, attention, residual block. (B, C, H, W) both ways."""
+    """Residual block, self-attention of all pixels with one head, residual block. (B, C, H, W) both ways."""
 
     def __init__(self, channels):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels), ResnetBlock(channels, channels)])
-        self.attentions = nn.ModuleList([PixelAttention(channels)])
+        linear = partial(nn.Linear, channels, channels)
+        self.attentions = nn.ModuleList([chain(group_norm=group_norm(channels), to_q=linear(), to_k=linear(),
+                                               to_v=linear(), to_out=nn.Sequential(linear()))])  # fmt: skip
 
     def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        x = self.resnets[0](x)
+        attn = self.attentions[0]
+        pixels = attn.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1 head, H*W, C)
+        h = attn.to_out(attention(attn.to_q(pixels), attn.to_k(pixels), attn.to_v(pixels)))
+        return self.resnets[1](x + h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 def stages(channels, layers, resize):
@@ -673,14 +631,14 @@ class AutoencoderKL(nn.Module):
     def __init__(self, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4):
         super().__init__()
         self.factor = 2 ** (len(block_out_channels) - 1)
-        first, last, channels = block_out_channels[0], block_out_channels[-1], list(block_out_channels)
+        first, last = block_out_channels[0], block_out_channels[-1]
         self.encoder = chain(
-            conv_in=conv3(3, first), down_blocks=stages(channels, layers_per_block, "downsamplers"),
+            conv_in=conv3(3, first), down_blocks=stages(block_out_channels, layers_per_block, "downsamplers"),
             mid_block=Middle(last), conv_norm_out=group_norm(last), act=nn.SiLU(),
             conv_out=conv3(last, 2 * latent_channels))  # fmt: skip
         self.decoder = chain(
             conv_in=conv3(latent_channels, last), mid_block=Middle(last),
-            up_blocks=stages(channels[::-1], layers_per_block + 1, "upsamplers"),
+            up_blocks=stages(block_out_channels[::-1], layers_per_block + 1, "upsamplers"),
             conv_norm_out=group_norm(first), act=nn.SiLU(), conv_out=conv3(first, 3))  # fmt: skip
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
@@ -745,10 +703,8 @@ def load_weights(build, name):
 
 
 def load_teacher(name):
-    """A frozen published teacher in our convention: one of URLS, or a file with SiT or DiT in its name.
-
-    The name decides which of the two clocks it follows, since weights don't tell; the sizes are read from the shapes.
-    """
+    """A frozen published teacher in our convention: one of URLS, or a file with SiT or DiT in its name. The name tells
+    which of the two clocks it follows, since weights don't; the sizes are read from the shapes."""
     own = name if name in URLS else Path(name).name
     kinds = [kind for kind in (SiTTeacher, DiTTeacher) if kind.__name__[:3] in own]
     if len(kinds) != 1:
@@ -774,11 +730,11 @@ def load_vae(name):
         # PRIOR: the published files carry older names for the attention's linear layers, once 1x1 convolutions
         old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
         for key in [key for key in state if "attentions" in key]:
-            weight, (start, layer, end) = state.pop(key), re.fullmatch(r"(.*\.0\.)(\w+)(.*)", key).groups()
-            state[start + old.get(layer, layer) + end] = weight.flatten(1) if weight.ndim == 4 else weight
-        inner = re.compile(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.bias")
-        found = {tuple(map(int, at.groups())): len(state[key]) for key in state if (at := inner.fullmatch(key))}
-        channels = [width for (_, layer), width in sorted(found.items()) if layer == 0]
-        return AutoencoderKL(channels, len(found) // len(channels), len(state["post_quant_conv.bias"]))
+            *start, layer, end = key.split(".")
+            state[".".join([*start, old.get(layer, layer), end])] = state.pop(key).squeeze()
+        # one bias for each of the encoder's residual blocks, stage after stage
+        biases = sorted(key for key in state if key.startswith("encoder.down_blocks") and key.endswith("conv1.bias"))
+        layers = sum(".down_blocks.0." in key for key in biases)
+        return AutoencoderKL([len(state[key]) for key in biases[::layers]], layers, len(state["post_quant_conv.bias"]))
 
     return load_weights(build, name)
