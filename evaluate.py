@@ -29,39 +29,30 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
-import scipy.stats
 import torch
 import torch.nn.functional as F
+from scipy import linalg, stats
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from data import (BadInput, ImageFolder, blame, check_made, glyphs, go_on, join, progress, rng, save_grid, to_float,
-                  to_uint8, write_json)  # fmt: skip
+from data import BadInput, ImageFolder, blame, check_made, glyphs, join, progress, rng, save_grid, to_float, to_uint8
 from dmd_refine import COLOURS, VARIANTS
 from meanflow_td import learning_rate, load_net, new_network, open_data, sample, sample_ode, update
-from models import (AutoencoderKL, DiT, DiTTeacher, SiTTeacher, load_teacher, load_vae, load_weights,
-                    sample_sde, weights_path)  # fmt: skip
+from models import (AutoencoderKL, DiT, DiTTeacher, SiTTeacher, chain, load_teacher, load_vae, load_weights, sample_sde,
+                    weights_path)  # fmt: skip
 
 # --- InceptionV3 -----------------------------------------------------------------------------------------------------
 #
-# Szegedy et al., arXiv 1512.00567, in the variant that TensorFlow published on 2015-12-05 and that all FIDs use: the
-# average pools inside the blocks do not count the padding, the last block pools by maximum, and there are 1008 classes.
-# Module names are those of the weight file.
+# Szegedy et al., arXiv 1512.00567, in TensorFlow's variant of 2015-12-05, which all FIDs use: the average pools within
+# a block do not count the padding, the last block pools by maximum, there are 1008 classes. Names: the weight file's.
 
 
-class ConvNorm(nn.Module):
+def conv_norm(c_in, c_out, kernel, stride=1, pad=True):
     """Convolution without bias, batch norm, ReLU: (B, c_in, H, W) -> (B, c_out, H', W').
     At stride 1 zeros keep the image's size; at stride 2, and with pad=False, the border is lost."""
-
-    def __init__(self, c_in, c_out, kernel, stride=1, pad=True):
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, "same" if pad and stride == 1 else 0, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
-
-    def forward(self, x):
-        return F.relu_(self.bn(self.conv(x)))
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, "same" if pad and stride == 1 else 0, bias=False)
+    return chain(conv=conv, bn=nn.BatchNorm2d(c_out, eps=1e-3), relu=nn.ReLU(inplace=True))
 
 
 class Mixed(nn.Module):
@@ -79,11 +70,11 @@ class Mixed(nn.Module):
                 step = name if len(steps) == 1 else f"{name}_{i}"
                 layers = {step + "a": (1, 3), step + "b": (3, 1)} if kernel == "fan" else {step: kernel}
                 for layer, size in layers.items():
-                    self.add_module(layer, ConvNorm(c, c_out, size, *stride))
+                    self.add_module(layer, conv_norm(c, c_out, size, *stride))
                 branch.append(list(layers))
                 c = c_out
             self.branches.append(branch)
-        self.branch_pool = ConvNorm(c_in, c_pool, 1) if c_pool else nn.Identity()  # Identity adds no key
+        self.branch_pool = conv_norm(c_in, c_pool, 1) if c_pool else nn.Identity()  # Identity adds no key
 
     def forward(self, x):
         outputs = []
@@ -101,54 +92,42 @@ max_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 shrink_pool = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
-def block35(c_in, c_pool):
-    """(B, c_in, 35, 35) -> (B, 224 + c_pool, 35, 35)."""
-    return Mixed(c_in, average_pool, c_pool, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
-                 branch3x3dbl=[(64, 1), (96, 3), (96, 3)])  # fmt: skip
-
-
-def block17(c):
-    """(B, 768, 17, 17) -> the same shape; 7 x 7 filters are split into 1 x 7 and 7 x 1, with c channels between."""
-    return Mixed(768, average_pool, 192, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, (1, 7)), (192, (7, 1))],
-                 branch7x7dbl=[(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))])  # fmt: skip
-
-
-def block8(c_in, pool):
-    """(B, c_in, 8, 8) -> (B, 2048, 8, 8)."""
-    return Mixed(c_in, pool, 192, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, "fan")],
-                 branch3x3dbl=[(448, 1), (384, 3), (384, "fan")])  # fmt: skip
-
-
 class InceptionV3(nn.Module):
     """The network behind FID. Call: images (B, 3, H, W) in [0, 1] -> dict of float32 features, else ValueError:
-
     pool (B, 2048)            for FID, precision and recall
     spatial (B, 2023)         for sFID: 17 x 17 x 7, in (H, W, C) order
-    logits (B, 1008)          and logits_no_bias, which the Inception Score takes (PRIOR: ADM's evaluator)
-    """
+    logits (B, 1008)          and logits_no_bias, which the Inception Score takes (PRIOR: ADM's evaluator)"""
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, pad=False)
-        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)
-        self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, pad=False)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = block35(192, 32), block35(256, 64), block35(288, 64)
+        self.Conv2d_1a_3x3 = conv_norm(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = conv_norm(32, 32, 3, pad=False)
+        self.Conv2d_2b_3x3 = conv_norm(32, 64, 3)
+        self.Conv2d_3b_1x1 = conv_norm(64, 80, 1)
+        self.Conv2d_4a_3x3 = conv_norm(80, 192, 3, pad=False)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = (
+            Mixed(c_in, average_pool, c_pool, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+                  branch3x3dbl=[(64, 1), (96, 3), (96, 3)])
+            for c_in, c_pool in ((192, 32), (256, 64), (288, 64)))  # fmt: skip
         self.Mixed_6a = Mixed(288, shrink_pool, branch3x3=[(384, 3, 2)], branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)])
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (block17(c) for c in (128, 160, 160, 192))
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (  # 7 x 7 filters, split into 1 x 7 and 7 x 1
+            Mixed(768, average_pool, 192, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, (1, 7)), (192, (7, 1))],
+                  branch7x7dbl=[(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))])
+            for c in (128, 160, 160, 192))  # fmt: skip
         self.Mixed_7a = Mixed(768, shrink_pool, branch3x3=[(192, 1), (320, 3, 2)],
                               branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)])  # fmt: skip
-        self.Mixed_7b, self.Mixed_7c = block8(1280, average_pool), block8(2048, max_pool)
+        self.Mixed_7b, self.Mixed_7c = (
+            Mixed(c_in, pool, 192, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, "fan")],
+                  branch3x3dbl=[(448, 1), (384, 3), (384, "fan")])
+            for c_in, pool in ((1280, average_pool), (2048, max_pool)))  # fmt: skip
         self.fc = nn.Linear(2048, 1008)
         self.eval().to(memory_format=torch.channels_last)  # eval: batch norms by their stored statistics
 
     @torch.no_grad()
     def forward(self, images, resize="tf1"):
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"Inception takes images (B, 3, H, W), not {tuple(images.shape)}")
-        if not (images.amin() >= 0 and images.amax() <= 1):  # NaN fails both comparisons
-            raise ValueError("Inception takes finite images in [0, 1]")
+        if images.ndim != 4 or images.shape[1] != 3 or not (images.amin() >= 0 and images.amax() <= 1):  # NaN fails too
+            raise ValueError("Inception takes finite images (B, 3, H, W) in [0, 1], not "
+                             f"{tuple(images.shape)} in [{images.amin():.3g}, {images.amax():.3g}]")  # fmt: skip
         x = to_inception(images.float(), resize).contiguous(memory_format=torch.channels_last)  # (B, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))  # (B, 192, 71, 71)
@@ -162,24 +141,19 @@ class InceptionV3(nn.Module):
 
 
 def to_inception(images, resize):
-    """Images (B, 3, H, W) in [0, 1] -> (B, 3, 299, 299) in about [-1, 1], by the rule of one of two evaluators."""
-    if resize == "tf1":  # PRIOR: the TensorFlow graph that ADM's evaluator runs; white becomes 0.992
-        return (resize_tf1(255 * images) - 128) / 128
-    if resize == "torch":  # PRIOR: pytorch-fid; half a pixel apart from the above, white becomes 1
+    """Images (B, 3, H, W) in [0, 1] -> (B, 3, 299, 299) in about [-1, 1], bilinear, by the rule of an evaluator."""
+    if resize == "torch":  # PRIOR: pytorch-fid; half a pixel apart from the rule below, and white becomes 1
         return 2 * F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False) - 1
-    raise ValueError(f'resize is "tf1" or "torch", not {resize!r}')
-
-
-def resize_tf1(x):
-    """Bilinear (B, C, H, W) -> (B, C, 299, 299) as TensorFlow 1 did it: source = dest * H / 299, no half pixel."""
-    for dim in (2, 3):
-        size = x.shape[dim]
-        source = torch.arange(299, device=x.device) * (size / 299)
+    if resize != "tf1":
+        raise ValueError(f'resize is "tf1" or "torch", not {resize!r}')
+    x = 255 * images  # PRIOR: the TensorFlow 1 graph that ADM's evaluator runs; white becomes 0.992
+    for size in x.shape[2:]:  # the height, then the width
+        source = torch.arange(299, device=x.device) * (size / 299)  # of each new pixel; no half pixel is added
         low = source.long()
-        part = (source - low).to(x.dtype).reshape([-1 if d == dim else 1 for d in range(4)])
         high = (low + 1).clamp(max=size - 1)  # the last pixel repeats
-        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), part)
-    return x
+        x = x.transpose(2, 3)  # the side that is resized comes last
+        x = torch.lerp(x[..., low], x[..., high], source - low)
+    return (x - 128) / 128
 
 
 # --- The metrics, as functions of features ---------------------------------------------------------------------------
@@ -197,31 +171,29 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)                             (Heusel et al., arXiv 1706.08500)
 
     With S1 = A A^T and S2 = B B^T, the last trace is the sum of the singular values of A^T B: no matrix root is taken.
-    Raises ValueError on shapes that differ and on NaN or infinity.
-    """
+    Raises ValueError on shapes that differ and on NaN or infinity."""
     mu1, sigma1, mu2, sigma2 = (np.asarray_chkfinite(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
     if mu1.ndim != 1 or mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == (len(mu1), len(mu1)):
         raise ValueError(f"shapes differ: {[a.shape for a in (mu1, sigma1, mu2, sigma2)]}")
-    root_trace = scipy.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
+    root_trace = linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
     return max(float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root_trace), 0.0)
 
 
 def factor(sigma):
     """A (d, rank) with sigma = A A^T. With fewer samples than dimensions most eigenvalues are zero up to rounding;
     those are dropped, for a root would turn 1e-16 into 1e-8, two thousand times."""
-    values, vectors = scipy.linalg.eigh(sigma)  # ValueError for NaN and infinity
+    values, vectors = linalg.eigh(sigma)  # ValueError for NaN and infinity
     kept = values > len(sigma) * np.finfo(np.float64).eps * values[-1]
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def inception_score(logits_no_bias, group=5000):
     """exp(mean over images of KL(p(y|x) || p(y))), averaged over groups of images (Salimans et al., arXiv 1606.03498).
-
     logits_no_bias (N, classes), numpy or torch. -> float in [1, classes].
     PRIOR: ADM's evaluator takes logits without the last layer's bias, and p(y) within groups of 5,000."""
     scores = []
-    for start in range(0, len(logits_no_bias), group):
-        log_p = torch.as_tensor(logits_no_bias[start : start + group]).double().log_softmax(1)
+    for part in torch.as_tensor(logits_no_bias).split(group):
+        log_p = part.double().log_softmax(1)
         p = log_p.exp()
         scores.append(((p * log_p).sum(1).mean() - torch.xlogy(p.mean(0), p.mean(0)).sum()).exp())
     return torch.stack(scores).mean().item()
@@ -229,19 +201,16 @@ def inception_score(logits_no_bias, group=5000):
 
 def precision_recall(data, gen, k=3, rows=1024):
     """Share of `gen` within the cloud of `data`, and of `data` within the cloud of `gen`. -> both in [0, 1].
-    Features (N, d) and (M, d). A cloud is the union of balls, one around each of its points, that reach to the point's
-    k-th nearest neighbour (Kynkaanniemi et al., arXiv 1904.06991). Works on `rows` points at a time. Raises ValueError
-    unless N, M > k."""
+    Features (N, d), (M, d). A cloud is the union of balls around its points; each reaches to the k-th nearest neighbour
+    (Kynkaanniemi et al., arXiv 1904.06991). rows: points in one pass. Raises ValueError unless N, M > k."""
     data, gen = torch.as_tensor(data).float(), torch.as_tensor(gen).float()
     if min(len(data), len(gen)) <= k:
         raise ValueError(f"{k} neighbours need more than {k} points, not {len(data)} and {len(gen)}")
 
-    def reach(points):  # the distance to the k-th neighbour; the nearest of all is the point itself
-        return torch.cat([torch.cdist(part, points).kthvalue(k + 1).values for part in points.split(rows)])
-
     def covered(points, centres):
-        radius = reach(centres)
-        inside = [(torch.cdist(part, centres) <= radius).any(dim=1) for part in points.split(rows)]
+        # the reach of a centre: the distance to its k-th neighbour; the nearest of all is the centre itself
+        reach = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(rows)])
+        inside = [(torch.cdist(part, centres) <= reach).any(dim=1) for part in points.split(rows)]
         return torch.cat(inside).double().mean().item()
 
     return covered(gen, data), covered(data, gen)
@@ -253,8 +222,7 @@ def precision_recall(data, gen, k=3, rows=1024):
 def read_npz(path):
     """The arrays of an npz file, {name: array}. BadInput: no such file, or none of numpy's. No code in it is run."""
     with blame(f"{path} can't be read as an npz of plain arrays", "name another file"):
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+        return dict(np.load(path, allow_pickle=False))
 
 
 def open_images(path, size=None):
@@ -284,17 +252,15 @@ def extract(net, images, *, resize, batch=32, label="images"):
     return {key: torch.cat([part[key] for part in found]).numpy() for key in ("pool", "spatial", "logits_no_bias")}
 
 
-def score(images, reference, *, inception="inception", resize="tf1", device="cpu"):
+def score(images, reference, *, resize="tf1", device="cpu"):
     """One row: FID, sFID, IS, precision and recall of `images` against `reference`, each a folder or an npz.
-
     Of a reference npz, mu and sigma (and mu_s, sigma_s) are taken where it has them, as ADM's do; its images, arr_0,
-    then serve precision and recall alone. The row says what was compared, and how far that is from the papers' FID-50k.
-    """
+    then serve precision and recall alone. The row says what was compared, and how near to the papers' FID-50k."""
     gen, of_base, notes = open_images(images), None, []
     known = {} if Path(reference).is_dir() else read_npz(reference)
-    net = load_weights(lambda state: InceptionV3(), inception).to(device)
-    sha256 = hashlib.sha256(weights_path(inception).read_bytes()).hexdigest()
-    row = {"images": str(images), "n": len(gen), "reference": str(reference), "resize": resize, "inception": sha256}
+    net = load_weights(lambda state: InceptionV3(), "inception").to(device)
+    row = {"images": str(images), "n": len(gen), "reference": str(reference), "resize": resize,
+           "inception": hashlib.sha256(weights_path("inception").read_bytes()).hexdigest()}  # fmt: skip
     try:
         of_base = extract(net, open_images(reference, size=len(gen[0])), resize=resize, label="reference")
     except BadInput as error:
@@ -303,18 +269,16 @@ def score(images, reference, *, inception="inception", resize="tf1", device="cpu
         notes.append(f"precision and recall are left out: {error}")
     of_gen = extract(net, gen, resize=resize)
     for name, feature, mu, sigma in (("FID", "pool", "mu", "sigma"), ("sFID", "spatial", "mu_s", "sigma_s")):
-        if "mu" in known and mu not in known:  # pytorch-fid's files know nothing of sFID
-            continue
-        with blame(f"{reference}: {mu} and {sigma} do not belong to Inception's features", "name another --reference"):
-            theirs = (known[mu], known[sigma]) if "mu" in known else statistics(of_base[feature])
-            row[name] = frechet_distance(*theirs, *statistics(of_gen[feature]))
+        if mu in known or "mu" not in known:  # pytorch-fid's files know nothing of sFID
+            with blame(f"{reference}: {mu} and {sigma} don't fit Inception's features", "name another --reference"):
+                theirs = (known[mu], known[sigma]) if "mu" in known else statistics(of_base[feature])
+                row[name] = frechet_distance(*theirs, *statistics(of_gen[feature]))
     row["IS"] = inception_score(of_gen["logits_no_bias"])
     if of_base:
         row["precision"], row["recall"] = precision_recall(of_base["pool"], of_gen["pool"])
     if len(gen) < 50_000:
-        notes.append(f"FID of {len(gen)} images does not compare with FID-50k: it falls as their number grows")
-    if len(gen) < 2048:
-        notes.append("fewer than 2,048 images have a singular covariance: FID shows their number more than their look")
+        notes.append(f"FID of {len(gen)} images does not compare with FID-50k: it falls as their number grows"
+                     + ", and below 2,048, where the covariance is singular, shows little else" * (len(gen) < 2048))
     return row | {"notes": "; ".join(notes)}
 
 
@@ -323,41 +287,31 @@ def score(images, reference, *, inception="inception", resize="tf1", device="cpu
 # OURS: a classifier of the run's own classes takes Inception's place. Its numbers compare only with those of the same
 # classifier, so all rows of a table come from one.
 
-REFERENCE_RATIO = 4  # held-out glyphs for each image that is judged: they cost little
-CLOUD_ROWS = 5000  # images whose features make the clouds of precision and recall; the cost grows with the square
-GUIDANCE = (1.0, 1.25, 1.5, 2.0)  # one row of the teacher each; 1 is none
 
-
-class SmallClassifier(nn.Module):
-    """Images (B, C, size, size) in [-1, 1] -> features (B, 96), which all measures read, and logits (B, classes).
-    OURS: group norm and GELU. With batch norm and ReLU the same recipe was as accurate on glyphs, but it recognised
-    0.10 instead of 0.68 of glyphs blurred by (1 2 1), so that samples a little wrong would look all wrong."""
-
-    def __init__(self, shape, classes):
-        super().__init__()
-        first, layers = max(1, shape[1] // 16), []  # stride of the first layer: from 16 px on, sizes cost the same
-        for c_in, c_out, kernel, stride in ((shape[0], 32, 2 * first + 1, first), (32, 64, 3, 2), (64, 96, 3, 2)):
-            conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
-            layers += [conv, nn.GroupNorm(8, c_out), nn.GELU()]
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(96, classes)
-
-    def forward(self, images):
-        features = self.body(images).mean((2, 3))  # (B, 96)
-        return features, self.head(features)
+def small_classifier(shape, classes):
+    """Images (B, C, size, size) in [-1, 1] -> logits (B, classes), by a head on the body's features (B, 96), which all
+    measures read. OURS: group norm and GELU. With batch norm and ReLU the same recipe was as accurate on glyphs, but it
+    recognised 0.10 instead of 0.68 of glyphs blurred by (1 2 1): samples a little wrong would look all wrong."""
+    first, layers = max(1, shape[1] // 16), []  # stride of the first layer: from 16 px on, sizes cost the same
+    for c_in, c_out, kernel, stride in ((shape[0], 32, 2 * first + 1, first), (32, 64, 3, 2), (64, 96, 3, 2)):
+        conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+        layers += [conv, nn.GroupNorm(8, c_out), nn.GELU()]
+    return chain(body=nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), head=nn.Linear(96, classes))
 
 
 def train_classifier(path, draw, shape, classes, steps=400):
-    """A SmallClassifier, trained or found in `path`, on batches of 128; of glyphs, no image is seen twice."""
-    net = new_network(0, "classifier", lambda: SmallClassifier(shape, classes))
+    """A `small_classifier`, trained or found in `path`, on batches of 128; of glyphs, no image is seen twice."""
+    net = new_network(0, "classifier", partial(small_classifier, shape, classes))
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
 
     def loss_of(generator):
         x, y = draw(128, generator)
-        return F.cross_entropy(net(x)[1], y), {}
+        return F.cross_entropy(net(x), y), {}
 
-    go_on(path, {"net": net, "optimizer": optimizer},
-          lambda k: update(net, optimizer, loss_of, lr=learning_rate(k, steps, 3e-3), words=(0, "classifier", k)),
-          steps=steps, config={"shape": shape})  # fmt: skip
+    def one_step(k):
+        return update(net, optimizer, loss_of, lr=learning_rate(k, steps, 3e-3), words=(0, "classifier", k))
+
+    data.go_on(path, {"net": net, "optimizer": optimizer}, one_step, steps=steps, config={"shape": shape})
     return net.eval().requires_grad_(False)
 
 
@@ -384,23 +338,21 @@ class Judge:
     class_accuracy: share of images that the classifier takes for what was asked for. high_power: see there."""
 
     def __init__(self, classifier, held_out):
-        self.classifier, self.spectrum = classifier, power_spectrum(held_out)
-        features, _ = self.classify(held_out)
-        self.stats, self.cloud = statistics(features), self.some(features)
+        self.classifier = classifier
+        self.statistics, self.cloud, _, self.spectrum = self.look(held_out)
 
-    def classify(self, images):
-        return [torch.cat(parts) for parts in zip(*map(self.classifier, images.split(500)))]
-
-    def some(self, features):
-        return features[torch.randperm(len(features), generator=rng(0, "cloud"))[:CLOUD_ROWS]]
+    def look(self, images):
+        """Statistics of the features, the features of some images, logits of all, power spectrum."""
+        features = torch.cat([self.classifier.body(part) for part in images.split(500)])
+        some = torch.randperm(len(features), generator=rng(0, "cloud"))[:5000]  # the cost of a cloud is quadratic
+        return statistics(features), features[some], self.classifier.head(features), power_spectrum(images)
 
     def __call__(self, images, labels):
-        images = to_float(to_uint8(images))  # as they would be saved
-        features, logits = self.classify(images)
-        precision, recall = precision_recall(self.cloud, self.some(features))
-        return {"frechet": frechet_distance(*self.stats, *statistics(features)), "precision": precision,
-                "recall": recall, "class_accuracy": (logits.argmax(1) == labels).double().mean().item(),
-                "high_power": high_power(power_spectrum(images), self.spectrum)}  # fmt: skip
+        found, cloud, logits, spectrum = self.look(to_float(to_uint8(images)))  # as they would be saved
+        precision, recall = precision_recall(self.cloud, cloud)
+        return {"frechet": frechet_distance(*self.statistics, *found), "precision": precision, "recall": recall,
+                "class_accuracy": (logits.argmax(1) == labels).double().mean().item(),
+                "high_power": high_power(spectrum, self.spectrum)}  # fmt: skip
 
 
 def small_data(config, source, count, seed):
@@ -408,36 +360,34 @@ def small_data(config, source, count, seed):
     Glyphs are endless, and no training reads these streams. Of a folder, the classifier learns from four images in
     five, and every fifth is compared with; the generator has seen them all."""
     if config["data"] == "glyphs":
-        y, size = torch.arange(REFERENCE_RATIO * count) % 10, source.shape[1]
+        y, size = torch.arange(4 * count) % 10, source.shape[1]  # glyphs cost little: four for each that is judged
         other = glyphs(y[:count], rng(seed, "held out"), size)
         return source.draw, glyphs(y, rng(0, "reference"), size), other, y[:count]
     folder = ImageFolder(config["data_dir"], source.shape[1], upright=True)
     if len(folder) < 20:
         raise BadInput(f"{config['data_dir']} has {len(folder)} images: a fifth is compared with, so give at least 20")
     images, fifth = folder.read(range(len(folder))), torch.arange(len(folder)) % 5 == 4
-    learn = (~fifth).nonzero().squeeze(1)
+    x, y = images[~fifth], folder.labels[~fifth]
 
     def draw(batch, generator):
-        i = learn[torch.randint(len(learn), (batch,), generator=generator)]
-        return images[i], folder.labels[i]
+        i = torch.randint(len(x), (batch,), generator=generator)
+        return x[i], y[i]
 
-    some = learn[torch.randperm(len(learn), generator=rng(seed, "held out"))[:count]]
-    return draw, images[fifth], images[some], folder.labels[some]
+    some = torch.randperm(len(x), generator=rng(seed, "held out"))[:count]
+    return draw, images[fifth], x[some], y[some]
 
 
 MEASURES = {"frechet": ("Frechet distance", "log"), "precision": ("precision", "linear"),
-            "recall": ("recall", "linear"),
-            "high_power": ("power of high frequencies, over data's", "linear")}  # fmt: skip
+            "recall": ("recall", "linear"), "high_power": ("power of high frequencies / data's", "linear")}  # fmt: skip
 
 
 def judge_run(out, count, seed, device, quick=False):
     """The table of a run on small images: a row for data, teacher, TD and every student that is there; the pictures."""
-    hint = "run meanflow_td.py with the same --data and --out first"
-    teacher, config = load_net(out / "teacher.pt", hint, device)
+    teacher, config = load_net(out / "teacher.pt", "run meanflow_td.py with the same --data and --out first", device)
     source, _ = open_data(config["data"], config["data_dir"], size=config["shape"][1], device=device)
-    patterns = "meanflow.pt", "td.pt", "*-seed*.pt", "budgets/*.pt"
-    paths = [path for pattern in patterns for path in sorted(out.glob(pattern))]
-    students = [(path.stem.split("-seed")[0], *load_net(path, hint, device)) for path in paths]
+    students = []
+    for pattern in ("meanflow.pt", "td.pt", "*-seed*.pt", "budgets/*.pt"):
+        students += [(path.stem.split("-seed")[0], *load_net(path, "", device)) for path in sorted(out.glob(pattern))]
     draw, held_out, other, other_y = small_data(config, source, count, seed)
     classifier = train_classifier(out / "classifier.pt", draw, source.shape, source.classes, 60 if quick else 400)
     judge, rows, pictures, spectra = Judge(classifier, held_out), [], {}, []
@@ -456,7 +406,7 @@ def judge_run(out, count, seed, device, quick=False):
         add_row(what, torch.cat([sampler(*part) for part in parts]), y, **about)
 
     add_row("data against data", other, other_y)
-    for w in GUIDANCE[: 1 if quick else None]:
+    for w in (1.0,) if quick else (1.0, 1.25, 1.5, 2.0):  # 1 is none
         teacher.w = w
         add_samples(f"teacher, Heun, w = {w}", partial(sample_ode, teacher, steps=25), nfe=50, w=w)
     for name, student, made in students:
@@ -467,9 +417,8 @@ def judge_run(out, count, seed, device, quick=False):
     data.report(out / "results.json", rows, ("updates", "nfe"), [*MEASURES, "class_accuracy"])
     compare(rows)
     plot_variants(out / "curves.png", rows)
-    styles = {what: dict(marker="o", ms=3) for what in pictures}
-    data.plot_curves(out / "spectrum.png", spectra, "cycles", {"power": ("power, over data's", "linear")}, styles,
-                     "Detail: power by cycles per image")  # fmt: skip
+    data.plot_curves(out / "spectrum.png", spectra, "cycles", {"power": ("power, over data's", "linear")},
+                {what: dict(marker="o", ms=3) for what in pictures}, "Detail: power by cycles per image")  # fmt: skip
     save_grid(out / "grid.png", torch.cat(list(pictures.values())), columns=20)
     print(f"In {out}: results.json, curves.png, spectrum.png, and grid.png, a row for each of: {'; '.join(pictures)}.")
 
@@ -482,7 +431,7 @@ def compare(rows):
             one, other = (joined.get((what, updates), {"seeds": 0}) for what in pair)
             if min(one["seeds"], other["seeds"]) > 1:  # a spread takes two seeds
                 sides = {key: (*one[key], one["seeds"], *other[key], other["seeds"]) for key in MEASURES}
-                found = (f"{key} {scipy.stats.ttest_ind_from_stats(*side, equal_var=False).pvalue:.3f}"
+                found = (f"{key} {stats.ttest_ind_from_stats(*side, equal_var=False).pvalue:.3f}"
                          for key, side in sides.items())  # fmt: skip
                 print(f"{' against '.join(pair)}, {updates} updates, p by Welch's test: {', '.join(found)}")
 
@@ -490,19 +439,18 @@ def compare(rows):
 def plot_variants(path, rows):
     """curves.png: the variants of --ablation through stage 2; lines: the teacher at its best guidance, stage 1."""
     best = min((row for row in rows if row["nfe"] == 50), key=lambda row: row["frechet"])["what"]
-    curves = {best: dict(color="black")}
+    curves, stage_1 = {best: dict(color="black")}, {"td": ":", "meanflow": "-."}
     for row in rows:
-        if row["what"] in ("td", "meanflow"):
-            curves[row["what"]] = dict(color="black", ls=":" if row["what"] == "td" else "-.",
-                                       label=f"{row['what']}, {row['updates']:,} updates of stage 1")  # fmt: skip
+        if (what := row["what"]) in stage_1:
+            curves[what] = dict(color="black", ls=stage_1[what], label=f"{what}, {row['updates']:,} updates of stage 1")
     for what, (init, pooling) in VARIANTS.items():
         curves[what] = dict(color=COLOURS[pooling], ls="-" if init == "td" else "--", marker="o", ms=4,
                             label=f"{what}: from {init}, discriminator {pooling}")  # fmt: skip
     data.plot_curves(path, rows, "updates", MEASURES, curves, "Students of one call against the updates of stage 2. "
-                     "The earlier marks of a curve are the same trainings on their way")  # fmt: skip
+                "The earlier marks of a curve are the same trainings on their way")  # fmt: skip
 
 
-# --- Samples as PNG files ---------------------------------------------------------------------------------------------
+# --- Samples as PNG files, and what one costs ------------------------------------------------------------------------
 
 # Steps, and how to call it. PRIOR: 250 steps of DiT's DDPM and SiT's SDE are behind their FIDs. Heun: two calls a step
 SAMPLERS = {
@@ -511,38 +459,34 @@ SAMPLERS = {
     "sde": (250, lambda net, eps, y, steps, generator: sample_sde(net, eps, y, steps, generator=generator)),
     "ddpm": (250, lambda net, eps, y, steps, generator: net.sample_ddpm(eps, y, steps, generator=generator)),
 }
-PUBLISHED_WITH = {SiTTeacher: "sde", DiTTeacher: "ddpm"}  # of other teachers, Heun's method
 
 
-def write_samples(out, count, *, checkpoint, teacher, vae, sampler, steps, classes, w, batch, seed, device):
-    """Images 0 .. count - 1 to out/<i>.png, or those that are missing, of a finished stage or of a published teacher.
-
-    The arguments are the flags of the same names. Random numbers belong to a batch of images, so a batch is made whole
-    or not at all. out/about.json says how they are made. BadInput: `out` holds others, or the flags do not fit.
-    """
-    net, decode = None, lambda x: x
+def write_samples(*, out, count, checkpoint, teacher, vae, sampler, steps, classes, w, batch, seed, device, **others):
+    """Images 0 .. count - 1 to out/<i>.png, or those that are missing, of a finished stage or a published teacher. The
+    arguments are the flags of main. Random numbers belong to a batch of images, so a batch is made whole or not at all.
+    out/about.json says how they are made. BadInput: `out` holds others, or the flags do not fit."""
     if checkpoint:
         net, config = load_net(checkpoint, "name a finished stage, as runs/glyphs/hd-seed0.pt", device)
-    if net is None or config["data"] == "imagenet":
-        net, vae_net = net or load_teacher(teacher).to(device), load_vae(vae).to(device)
-        decode = lambda x: vae_net.decode(x / vae_net.scale)  # noqa: E731
-    own = "student" if net.net.two_times else PUBLISHED_WITH.get(type(net), "heun")
+    else:
+        net, config = load_teacher(teacher).to(device), {"data": "imagenet"}
+    decoder = load_vae(vae).to(device) if config["data"] == "imagenet" else None
+    own = "student" if net.net.two_times else {SiTTeacher: "sde", DiTTeacher: "ddpm"}.get(type(net), "heun")
     sampler, known, sizes = sampler or own, net.net.num_classes, net.net.config
     if not all(0 <= y < known for y in classes or ()):
         raise BadInput(f"--classes {classes}: the classes are 0 .. {known - 1}")
     if sampler != own and (sampler in ("student", "ddpm") or own == "student"):
         raise BadInput(f"--sampler {sampler} is not for this network: leave it out, or take {own}")
-    default, draw = SAMPLERS[sampler]
-    steps, least = default if steps is None else steps, 1 + (sampler in ("sde", "ddpm"))
+    usual, draw = SAMPLERS[sampler]
+    steps, least = usual if steps is None else steps, 1 + (sampler in ("sde", "ddpm"))
     if steps < least:
         raise BadInput(f"--steps {steps}: {sampler} takes at least {least}")
     net.w = 1.0 if own == "student" else w
-    note, shape = out / "about.json", (sizes["in_channels"], sizes["input_size"], sizes["input_size"])
-    about = dict(of=str(checkpoint or teacher), vae=str(vae), sampler=sampler, steps=steps, classes=classes, w=net.w,
-                 seed=seed, batch=batch)  # fmt: skip
+    note, shape = out / "about.json", (batch, sizes["in_channels"], sizes["input_size"], sizes["input_size"])
+    about = dict(of=str(checkpoint or teacher), vae=str(vae), sampler=sampler, steps=steps, classes=classes,
+                 w=net.w, seed=seed, batch=batch)  # fmt: skip
     if note.exists() or list(out.glob("*.png")):
         check_made(out, json.loads(note.read_text()) if note.exists() else {}, about)
-    write_json(note, about)
+    data.write_json(note, about)
     for start in progress(range(0, count, batch), f"batches of {batch}"):
         paths = [out / f"{i:06d}.png" for i in range(start, min(start + batch, count))]
         if all(path.exists() for path in paths):
@@ -551,18 +495,16 @@ def write_samples(out, count, *, checkpoint, teacher, vae, sampler, steps, class
         y = torch.randint(known, (batch,), generator=generator)
         if classes:
             y = torch.tensor(classes)[torch.arange(start, start + batch) % len(classes)]
-        eps = torch.randn(batch, *shape, generator=generator)
-        images = decode(draw(net, eps.to(device), y.to(device), steps, generator))
+        images = draw(net, torch.randn(shape, generator=generator).to(device), y.to(device), steps, generator)
+        if decoder:
+            images = decoder.decode(images / decoder.scale)
         for path, image in zip(paths, images):
             save_grid(path, image[None], columns=1)
     print(f"In {out}: {count:,} images. Next: python evaluate.py --images {out} --reference ...")
 
 
-# --- What one image costs --------------------------------------------------------------------------------------------
-
-
-def flops_table(steps=250):
-    """GMACs (a MAC is 2 FLOPs) for one 256 px ImageNet image, by torch's counter: a dict of rows. Needs no memory.
+def flops_table():
+    """GMACs (a MAC is 2 FLOPs) for one 256 px ImageNet image, by torch's counter: a dict of rows.
     PAPER: one step takes 69.7 times fewer FLOPs than the teacher's 250. That is what XL/2 and the decoder of SD's VAE
     give if the decoder is counted on either side and the teacher's second pass for guidance is not."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():  # shapes, and no memory
@@ -570,14 +512,13 @@ def flops_table(steps=250):
         xl_2(z, t=torch.empty(1), y=torch.zeros(1, dtype=torch.int64))
         forward = counter.get_total_flops() / 2e9
         AutoencoderKL().decode(z)
-        decoder = counter.get_total_flops() / 2e9 - forward
-    once = forward + decoder
+        student = counter.get_total_flops() / 2e9  # one step and the decoder
+    decoder = student - forward
     return {
         "GMAC: XL/2, one forward pass (118.64 by others' count)": forward,
         "GMAC: SD-VAE decoder": decoder,
-        f"{steps} steps and decoder / 1 step and decoder, guidance not counted (the paper's 69.7)":
-            (steps * forward + decoder) / once,
-        f"{steps} steps and decoder / 1 step and decoder, guidance counted": (2 * steps * forward + decoder) / once,
+        "250 steps / 1 step, each with decoder, no guidance counted (paper: 69.7)": (250 * forward + decoder) / student,
+        "250 steps / 1 step, each with decoder, guidance counted": (500 * forward + decoder) / student,
     }  # fmt: skip
 
 
@@ -591,9 +532,8 @@ def main(argv=None):
     add("--images", help="what to score: a folder of square images of one size, or an npz (arr_0: uint8 NHWC)")
     add("--reference", help="compared with what: an npz of ADM or pytorch-fid, or a folder, centre-cropped")
     add("--save-npz", type=Path, help="write --images into an npz for ADM's own evaluator")
-    add("--inception", default="inception", help="a file of weights (default: fetched once into torch.hub's cache)")
     add("--resize", choices=("tf1", "torch"), default="tf1", help="tf1: ADM's, torch: pytorch-fid's (%(default)s)")
-    add("--sample", type=int, metavar="N", help="write N images to --out, of --checkpoint, else of --teacher")
+    add("--sample", type=int, metavar="N", dest="count", help="write N images of --checkpoint, else of --teacher")
     add("--checkpoint", type=Path, help="a finished stage, as runs/glyphs/hd-seed0.pt")
     add("--teacher", default="SiT-XL/2", help="a published teacher, or a file (default: %(default)s)")
     add("--vae", default="vae-ema", help="of latents: vae-ema, vae-mse or a file (default: %(default)s)")
@@ -615,18 +555,15 @@ def main(argv=None):
     elif args.data:
         out = args.out or Path("runs", args.data + "-quick" * args.quick)
         judge_run(out, 200 if args.quick else 5000, args.seed, device, args.quick)
-    elif args.sample:
-        write_samples(args.out or Path("runs/samples"), args.sample, checkpoint=args.checkpoint, teacher=args.teacher,
-                      vae=args.vae, sampler=args.sampler, steps=args.steps, classes=args.classes, w=args.w,
-                      batch=args.batch, seed=args.seed, device=device)  # fmt: skip
+    elif args.count:
+        write_samples(**vars(args) | {"out": args.out or Path("runs/samples"), "device": device})
     elif args.images and (args.reference or args.save_npz):
         if args.save_npz:
             images = open_images(args.images)
             np.savez(args.save_npz, arr_0=np.stack([images[i] for i in progress(range(len(images)), "reading")]))
             print(f"{args.save_npz}: {len(images):,} images of {args.images}, not resized.")
         if args.reference:
-            row = score(args.images, args.reference, inception=args.inception, resize=args.resize, device=device)
-            for name, value in row.items():
+            for name, value in score(args.images, args.reference, resize=args.resize, device=device).items():
                 print(f"{name:>12}  {value:.4f}" if isinstance(value, float) else f"{name:>12}  {value}")
     else:
         parser.error("give --data, or --sample, or --images with --reference or --save-npz, or --flops")
