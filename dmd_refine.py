@@ -25,7 +25,6 @@ features of x_gen at a little noise, where local defects can still be seen. Thre
     python dmd_refine.py --data glyphs                         # on images, from the TD student of meanflow_td.py
     python dmd_refine.py --data glyphs --ablation --seeds 3    # which part does what: all variants, a table, curves
     python dmd_refine.py --data glyphs --probe                 # at which noise can a discriminator see anything?
-    python dmd_refine.py --data imagenet --device cuda         # from the latents that meanflow_td.py has encoded
 
 A run adds to the folder of stage 1: <name>-seed<seed>.pt, its csv, in samples/ grids and `panels`, and in budgets/ the
 student at several updates, for the curves of evaluate.py.

@@ -7,9 +7,8 @@ fitted to the clouds of these numbers of two sets of images:
 
 sFID does so with 2023 numbers that keep the place in the image. Precision is the share of generated images within the
 data's cloud, recall the share of data within the generated cloud. The Inception Score asks whether each image clearly
-shows one class, while all together show all classes. Another evaluator gives the same samples another FID: the resize
-to 299 px alone changes it by 0.1, the number of images much more. So a row says what was compared, and by which rules.
-Small images are judged by a classifier trained here, not blown up to 299 px.
+shows one class, while all together show all classes. The resize to 299 px alone changes FID by 0.1, the number of
+images much more: a row says what was compared. Small images are judged by a classifier trained here, not blown up.
 
     python evaluate.py --data glyphs                                             # the table of a run on small images
     python evaluate.py --sample 50000 --checkpoint runs/imagenet/hd-seed0.pt     # images, and then
@@ -308,10 +307,9 @@ def train_classifier(path, draw, shape, classes, steps=400):
         x, y = draw(128, generator)
         return F.cross_entropy(net(x), y), {}
 
-    def one_step(k):
-        return update(net, optimizer, loss_of, lr=learning_rate(k, steps, 3e-3), words=(0, "classifier", k))
-
-    data.go_on(path, {"net": net, "optimizer": optimizer}, one_step, steps=steps, config={"shape": shape})
+    data.go_on(path, {"net": net, "optimizer": optimizer},
+               lambda k: update(net, optimizer, loss_of, lr=learning_rate(k, steps, 3e-3), words=(0, "classifier", k)),
+               steps=steps, config={"shape": shape})  # fmt: skip
     return net.eval().requires_grad_(False)
 
 
@@ -326,8 +324,7 @@ def power_spectrum(images):
 
 
 def high_power(spectrum, reference):
-    """Power above half of Nyquist's frequency, over a reference's: from two `power_spectrum`s. Below 1, images are
-    blurred; above 1 is no praise, since noise has much power there."""
+    """Power above half of Nyquist's frequency, over a reference's, of two `power_spectrum`s: below 1 is blurred."""
     first = (len(spectrum) - 1) // 2 + 1
     return (spectrum[first:].sum() / reference[first:].sum()).item()
 

@@ -24,12 +24,9 @@ What this stage leaves behind: the map from noise to data is steep wherever the 
 finite network smooths these places, and samples fall between the modes (toy2d.py). Stage 2, dmd_refine.py, mends it.
 
     python meanflow_td.py --data glyphs                                   # digits: trains the teacher, then its student
-    python meanflow_td.py --data folder --data-dir DIR                    # your own small images, a folder per class
     python meanflow_td.py --data imagenet --data-dir DIR --device cuda    # latents, then a student of SiT-XL/2
-    torchrun --nproc_per_node=8 meanflow_td.py --data imagenet ...        # 8 GPUs share each batch
 
 A run leaves runs/<data>/: teacher.pt, td.pt, a csv for each, grids in samples/. Killed, it goes on by the same command.
-DIFFERS from MeanFlow: the times (`draw_times`), and a teacher's velocity in the place of eps - x_0.
 """
 
 import argparse
@@ -72,11 +69,9 @@ def draw_times(batch, generator, *, share_spans=0.75, share_to_data=0.3):
 
 def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
     """u_target = sg[v - (t - r) du/dt], sg: no gradient; the MeanFlow identity's right side (arXiv 2505.13447, eq. 10).
-
     u_theta(x_t, t=t, r=r) -> (B, ...) is the student, called with y=y too if y (B,) is given. x_t and v (B, ...): a
     point of the path and the velocity there; r and t (B,) with r <= t. Returns u_target and du/dt, both (B, ...)
-    without gradient; du/dt is computed where r < t, and zero elsewhere. Raises ValueError where r > t.
-    """
+    without gradient; du/dt is computed where r < t, and zero elsewhere. Raises ValueError where r > t."""
     if (r > t).any():
         row = int((r > t).nonzero()[0])
         raise ValueError(f"u(x_t, r, t) needs r <= t, but row {row} has r = {r[row]:.4g} > t = {t[row]:.4g}")
@@ -118,8 +113,7 @@ def flow_matching_loss(v_theta, x_t, v, *, t, y=None):
 
 
 def equal_steps(eps, steps):
-    """[(t, r), ...]: where each of `steps` equal steps from t = 1 down to 0 starts and ends, (B,) each. Raises
-    ValueError for steps < 1."""
+    """[(t, r), ...]: where each of `steps` equal steps from t = 1 to 0 starts and ends, (B,) each. ValueError: none."""
     if steps < 1:
         raise ValueError(f"sampling takes at least 1 step, not {steps}")
     return [[eps.new_full((len(eps),), 1 - i / steps) for i in (k, k + 1)] for k in range(steps)]
@@ -152,11 +146,9 @@ def sample_ode(velocity, eps, y=None, steps=100):
 
 
 def teacher_loss(net, generator, *, draw, null_class=None):
-    """Stage 0: flow matching on eps - x_0. draw(generator) -> data x_0 (B, ...), labels y (B,) or None.
-
-    One label in ten becomes null_class, so that the network also knows the velocity of all classes together, which
-    guidance needs (Ho & Salimans, arXiv 2207.12598).
-    """
+    """Stage 0: flow matching on eps - x_0. draw(generator) -> data x_0 (B, ...), labels y (B,) or None. One label in
+    ten becomes null_class, so that the network also knows the velocity of all classes together, which guidance needs
+    (Ho & Salimans, arXiv 2207.12598)."""
     x_0, y = draw(generator)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     # OURS: uniform times. The edges of a density are drawn at small t, which logit-normal times seldom see.
@@ -169,11 +161,9 @@ def teacher_loss(net, generator, *, draw, null_class=None):
 
 
 def student_loss(net, generator, *, draw, teacher, share_spans=0.75, t_limits=(0.0, 1.0)):
-    """Stage 1: MeanFlow on the frozen teacher's velocity, guided if the teacher is. draw: as in `teacher_loss`.
-
-    teacher None: MeanFlow on the data's own, noisy velocity eps - x_0. share_spans: of `draw_times`.
-    t_limits: the least and the greatest time of the teacher; r and t are clamped to them (see models.DiTTeacher).
-    """
+    """Stage 1: MeanFlow on the frozen teacher's velocity, guided if the teacher is; with teacher None, on the data's
+    own, noisy one. draw: as in `teacher_loss`. share_spans: of `draw_times`. t_limits: the least and the greatest time
+    of the teacher; r and t are clamped to them (see models.DiTTeacher)."""
     x_0, y = draw(generator)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     r, t = (time.clamp(*t_limits) for time in draw_times(len(x_0), generator, share_spans=share_spans))
@@ -368,8 +358,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.add_argument("--teacher-steps", type=int, help="updates of a teacher that is trained here")
-    parser.add_argument("--on-data", action="store_true",
-                        help="for comparison: stage 1 on eps - x_0, without guidance, into meanflow.pt")  # fmt: skip
+    parser.add_argument("--on-data", action="store_true", help="for comparison: stage 1 on eps - x_0, unguided")
     args = parser.parse_args(argv)
     device = join(args.device)
     preset = settings(PRESETS, QUICK, **vars(args))
@@ -401,8 +390,7 @@ def main(argv=None):
     train(out / f"{name}.pt", student, loss, steps=preset["steps"], **preset["stage_1"], **common, config=about,
           look=partial(look, name, sample))  # fmt: skip
     if rank() == 0:
-        todo = "evaluate.py" if args.on_data else "dmd_refine.py, the same --data, --out, --w"
-        print(f"In {out}: {name}.pt, its csv, grids in samples/. Next: {todo}")
+        print(f"In {out}: {name}.pt, its csv, grids in samples/. Next: dmd_refine.py with the same --data, --out, --w")
 
 
 if __name__ == "__main__":
