@@ -1,15 +1,12 @@
-"""What is drawn, read and saved: random numbers, images, latents, results, the file that a killed run resumes from.
+"""What is drawn, read and saved: random numbers, the file that a killed run resumes from, results, images, latents.
 
 Randomness is a function of (seed, stream, step), never of history. So a stage of training is ONE file, which `go_on`
 writes every minute: networks, optimisers, step. The same command again reads it and goes on, bit for bit on the CPU.
-Images are uint8 (H, W, C) in files, and float (B, C, H, W) in [-1, 1] for networks. A source of training data is a
-function draw(batch, generator) -> x_0 (B, ...), y (B,): `draw_glyphs`, `ImageFolder.draw`, `Latents.draw`.
 """
 
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
 import time
@@ -17,11 +14,10 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
@@ -51,7 +47,39 @@ def progress(items, label, **options):
     return tqdm(items, label, mininterval=0.2 if sys.stderr.isatty() else 30, disable=rank() > 0, **options)
 
 
-# --- Save, and go on -------------------------------------------------------------------------------------------------
+def rank():
+    """Which of torchrun's processes this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    """How many there are; 1 without torchrun. Part k of a batch belongs to rank k % ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join(device):
+    """Choose the device, "cpu" or "cuda", and become one of torchrun's processes if it has started us. -> device"""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: torch finds no CUDA GPU here; leave --device out to use the CPU")
+    torch.backends.cudnn.allow_tf32 = False  # du/dt and Inception need all digits; the VAE, which does not, allows it
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return torch.device(device)
+
+
+def sum_gradients(net):
+    """Sum over the ranks. By hand, not by DDP: its wrapper does not see a forward-mode pass, and would sum nothing."""
+    for p in net.parameters():
+        if ranks() > 1 and p.grad is not None:
+            dist.all_reduce(p.grad)
+
+
+def in_processes(work, jobs):
+    """work(job) for all jobs, a process for each core, one thread each. -> [what it returned, in the jobs' order]"""
+    with ProcessPoolExecutor(None, torch.multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return list(pool.map(work, jobs))
 
 
 def put(path, write):
@@ -90,12 +118,9 @@ def check_made(path, was, now):
 
 def go_on(path, parts, one_step, *, steps, config, look=None, look_every=500, every=60.0, log_every=100):
     """Call one_step(k) -> {name: scalar tensor} for k = 0 .. steps - 1, or from where an earlier call was stopped.
-
-    path: the file of this stage; a row of numbers for every `log_every` steps goes into <name>.csv beside it.
-    parts: {name: module or optimizer}, all that the steps change. config: what must be as it was, for JSON.
-    every: seconds between two saves. look(n): draws a picture after n steps, every `look_every` and at the end.
-    Raises BadInput: `path` has another config, or a number is not finite. Then the last save is kept.
-    """
+    path: the file of this stage; beside it, <name>.csv gets a row for every `log_every` steps. parts: {name: module or
+    optimizer}, all that the steps change. config: what must be as it was. every: seconds between saves. look(n): draws
+    after n steps, every `look_every` and the last. BadInput: another config; a NaN, and the last save is kept."""
     if steps < 1:
         raise BadInput(f"{path.stem} with {steps} steps: give at least 1")
     config, first, rows, saved = json.loads(json.dumps(config | {"steps": steps})), 0, [], time.monotonic()
@@ -107,16 +132,14 @@ def go_on(path, parts, one_step, *, steps, config, look=None, look_every=500, ev
         first, rows = state["step"], state["rows"]
     bar = progress(range(first, steps), path.stem, initial=first, total=steps) if first < steps else ()
     for step in bar:
-        log = one_step(step)
-        # one transfer from the GPU for all numbers
-        values = dict(zip(log, torch.stack([value.detach().float() for value in log.values()]).tolist()))
+        values = {name: value.item() for name, value in one_step(step).items()}
         if bad := [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]:
             raise BadInput(f"{path.stem}, step {step}: {', '.join(bad)}. The last save is kept, and the same command "
                            "goes on from it. If it ends here again: a lower rate in the script, and a new --out.")
         last = step == steps - 1
         if step % log_every == 0 or last:
             rows.append({"step": step} | values)
-            bar.set_postfix({name: f"{value:.3g}" for name, value in list(values.items())[:2]}, refresh=False)
+            bar.set_postfix(list(values.items())[:2], refresh=False)
         if rank() == 0 and look and ((step + 1) % look_every == 0 or last):
             look(step + 1)
         if rank() == 0 and (last or time.monotonic() - saved > every):
@@ -127,101 +150,36 @@ def go_on(path, parts, one_step, *, steps, config, look=None, look_every=500, ev
             saved = time.monotonic()
 
 
-# --- Several processes: `torchrun --nproc_per_node=8`. Part k of a batch belongs to rank k % ranks --------------------
-
-
-def rank():
-    """Which of torchrun's processes this is, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def ranks():
-    """How many there are; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def join(device):
-    """Choose the device, "cpu" or "cuda", and become one of torchrun's processes if it has started us. -> device"""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: torch finds no CUDA GPU here; leave --device out to use the CPU")
-    torch.backends.cudnn.allow_tf32 = False  # du/dt and Inception need all digits; the VAE, which does not, allows it
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return torch.device(device)
-
-
-def sum_gradients(net):
-    """Sum over the ranks. By hand, not by DDP: its wrapper does not see a forward-mode pass, and would sum nothing."""
-    for p in net.parameters() if ranks() > 1 else ():
-        if p.grad is not None:
-            dist.all_reduce(p.grad)
-
-
-def in_processes(work, jobs):
-    """work(job) for all jobs, a process for each core, one thread each. -> [what it returned, in the jobs' order]"""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(work, jobs))
-
-
-# --- Images: bytes and floats, pictures to look at, glyphs, folders, latents -----------------------------------------
-
-
-def to_float(images):
-    """uint8 (B, H, W, C), numpy -> float32 tensor (B, C, H, W) in [-1, 1], the range that the networks see."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_uint8(x):
-    """Tensor (B, C, H, W) in about [-1, 1] -> numpy uint8 (B, H, W, C); undoes `to_float` exactly."""
-    # PRIOR: clamp(127.5 x + 128, 0, 255), truncated, as DiT's sampling script does; others darken by half a level
-    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def save_grid(path, x, columns=10):
-    """Images x (N, C, H, W) in about [-1, 1] as one PNG, row by row."""
-    images = to_uint8(x)  # those that fill no whole row are left out
-    N, H, W, C = images.shape
-    sheet = images[: N // columns * columns].reshape(-1, columns, H, W, C).swapaxes(1, 2).reshape(-1, columns * W, C)
-    put(path, lambda beside: Image.fromarray(sheet.squeeze(2) if C == 1 else sheet).save(beside, "png"))
-
-
+# --- Results: rows, which are dicts of "what" was run, its "seed", other facts, and measures --------------------------
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#888888"  # told apart by all eyes
 
 
-def new_figure(width, height, rows=1, columns=1, **options):
-    """A matplotlib figure of width x height inches, and its axes. It belongs to no window and no global state."""
-    figure = Figure((width, height), layout="constrained", dpi=110)
-    return figure, figure.subplots(rows, columns, **options)
-
-
-# Results are rows: dicts of "what" was run, its "seed", other facts, and measures.
-
-
 def over_seeds(rows, facts, measures):
-    """One row for all rows of one "what" and the same facts: "seeds", how many they are, and of each of the measures
-    its mean and standard deviation (0 of a single row)."""
+    """One row for all rows of one "what" and equal facts: of each measure (mean, deviation); "seeds", their number."""
     groups, joined = {}, []
     for row in rows:
         groups.setdefault((row["what"], *map(row.get, facts)), []).append(row)
     for group in groups.values():
-        values = {key: [row[key] for row in group] for key in measures}
-        spread = {key: (np.mean(of_key), np.std(of_key, ddof=len(group) > 1)) for key, of_key in values.items()}
-        joined.append(group[0] | spread | {"seeds": len(group)})
+        values = np.array([[row[key] for key in measures] for row in group])  # (seeds, measures)
+        spreads = zip(values.mean(0), values.std(0, ddof=len(group) > 1))  # a single row deviates by 0
+        joined.append(group[0] | dict(zip(measures, spreads)) | {"seeds": len(group)})
     return joined
 
 
 def report(path, rows, facts, measures):
     """Write the rows as JSON, and print those of `over_seeds`: what, the facts, the measures as mean +- deviation."""
     write_json(path, rows)
-    shown = [*facts, "seeds"]
-    print(" " * 36 + "".join(f"{name:>11}" for name in shown) + "".join(f"{key:>19}" for key in measures))
+    columns = [*facts, "seeds", *measures]
+    print(" " * 30 + "".join(f"{name:>18}" for name in columns))
     for row in over_seeds(rows, facts, measures):
-        numbers = (f"{row[key][0]:.4f}" + f" +- {row[key][1]:.4f}" * bool(row[key][1]) for key in measures)
-        line = f"{row['what']:36}" + "".join(f"{row.get(name, ''):>11}" for name in shown)
-        print(line + "".join(f"{number:>19}" for number in numbers))
+        spreads = {key: f"{row[key][0]:.4f}" + f" +- {row[key][1]:.4f}" * bool(row[key][1]) for key in measures}
+        print(f"{row['what']:30}" + "".join(f"{(row | spreads).get(name, ''):>18}" for name in columns))
+
+
+def new_figure(width, height, rows=1, columns=1, **options):
+    """A matplotlib figure of width x height inches, and its axes. It belongs to no window and no global state."""
+    figure = matplotlib.figure.Figure((width, height), layout="constrained", dpi=110)
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def plot_curves(path, rows, x, measures, curves, title):
@@ -229,28 +187,25 @@ def plot_curves(path, rows, x, measures, curves, title):
     the rows. curves: {what: matplotlib's style of its curve}; a style without a marker makes a level line."""
     figure, axes = new_figure(4.4 + 3.2 * len(measures), 4.8, columns=len(measures), squeeze=False)
     joined = over_seeds(rows, [x], measures)
+    ticks = sorted({row[x] for row in joined if "marker" in curves.get(row["what"], ())})
     for axis, (key, (label, scale)) in zip(axes[0], measures.items()):
-        ticks = set()
         for what, style in curves.items():
             points = sorted((row.get(x, 0), *row[key]) for row in joined if row["what"] == what)
             if points and "marker" in style:
-                at, mean, std = zip(*points)
-                ticks |= {*at}
-                axis.errorbar(at, mean, std, capsize=3, **{"label": what} | style)
+                axis.errorbar(*zip(*points), capsize=3, **{"label": what} | style)  # at x: mean, deviation
             elif points and points[0][1] > 0:  # 0 has no place on a logarithmic axis
                 axis.axhline(points[0][1], **{"label": what} | style)
         axis.set(xlabel=x, ylabel=label, xscale="log", yscale=scale)
         axis.set_xticks([], minor=True)
-        axis.set_xticks(sorted(ticks), [f"{at:,}" for at in sorted(ticks)], rotation=45, fontsize=8)
+        axis.set_xticks(ticks, [f"{at:,}" for at in ticks], rotation=45, fontsize=8)
     figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.suptitle(title)
     figure.savefig(path)
 
 
-# Glyphs: digits from the fonts that matplotlib ships. Nothing to download, endless, seeded.
-FACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
-         "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
-         "cmr10", "cmb10", "cmss10", "cmtt10")  # fmt: skip
+# --- Images. Glyphs are digits from matplotlib's fonts; face, height, turn and place are drawn uniformly --------------
+FACES = ("DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold DejaVuSerif DejaVuSerif-Bold"
+         " DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10 cmb10 cmss10 cmtt10").split()
 HEIGHT, MAX_TURN, MAX_SHIFT = (0.5, 0.75), 15.0, 1 / 8  # of the image's side; degrees; of the side
 SUPERSAMPLE = 4  # pixels of the canvas for one of the image, each way, so that edges are smooth
 
@@ -266,17 +221,15 @@ def glyph(face, digit, height):
 
 
 def glyphs(labels, generator, size=16):
-    """Digits, white on black, one for each of labels (B,): float (B, 1, size, size) in [-1, 1]. Face, height, turn and
-    place are drawn independently and uniformly. No stroke leaves the image."""
+    """Digits, white on black, one for each of labels (B,): float (B, 1, size, size) in [-1, 1]."""
     draws = torch.rand(len(labels), 5, generator=generator, device=generator.device).tolist()
     side, images = size * SUPERSAMPLE, []
     for digit, (face, height, turn, *place) in zip(labels.tolist(), draws):
         upright = glyph(int(len(FACES) * face), digit, round(side * (HEIGHT[0] + (HEIGHT[1] - HEIGHT[0]) * height)))
         turned = upright.rotate(MAX_TURN * (2 * turn - 1), Image.Resampling.BILINEAR, expand=True)
         rooms = [(side - length) / 2 for length in turned.size]  # on either side of a glyph in the middle
-        corner = [round(room + min(MAX_SHIFT * side, room) * (2 * at - 1)) for room, at in zip(rooms, place)]
-        canvas = Image.new("L", (side, side))
-        canvas.paste(turned, corner)
+        left, top = (round(room + min(MAX_SHIFT * side, room) * (2 * at - 1)) for room, at in zip(rooms, place))
+        canvas = turned.crop((-left, -top, side - left, side - top))  # black beyond the glyph
         images.append(np.asarray(canvas.reduce(SUPERSAMPLE)))
     return to_float(np.stack(images)[..., None]).to(generator.device)
 
@@ -287,28 +240,42 @@ def draw_glyphs(batch, generator, size=16):
     return glyphs(y, generator, size), y
 
 
+def to_float(images):
+    """uint8 (B, H, W, C), numpy -> float32 tensor (B, C, H, W) in [-1, 1], the range that the networks see."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """Tensor (B, C, H, W) in about [-1, 1] -> numpy uint8 (B, H, W, C); undoes `to_float` exactly."""
+    # PRIOR: clamp(127.5 x + 128, 0, 255), truncated, as DiT's sampling script does; others darken by half a level
+    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_grid(path, x, columns=10):
+    """Images x (N, C, H, W) in about [-1, 1] as one PNG, row by row; those that fill no whole row are left out."""
+    images = to_uint8(x)
+    sheet = np.vstack([np.hstack(images[i : i + columns]) for i in range(0, len(images) - columns + 1, columns)])
+    put(path, lambda beside: Image.fromarray(sheet.squeeze(2) if sheet.shape[2] == 1 else sheet).save(beside, "png"))
+
+
 def centre_crop(image, size):
     """The middle size x size pixels of a PIL image whose short side is first brought down (or up) to `size`.
-
     PRIOR: ADM (Dhariwal & Nichol, arXiv 2105.05233): halvings by a box filter while the short side is at least twice
-    too long, then one bicubic resize. The statistics of ImageNet in the literature are of images cropped so.
-    """
+    too long, then one bicubic resize. The statistics of ImageNet in the literature are of images cropped so."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = ImageOps.scale(image, size / min(image.size), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 class ImageFolder:
     """root/<class>/<image>, as ImageNet's train/n01440764/*.JPEG, [i] -> uint8 (H, W, 3); labels: places in `classes`.
-
     size: px, to which an image is centre-cropped; None leaves it. upright: turn an image as its EXIF entry says, which
-    ADM's rule for ImageNet does not. pattern: of the files. BadInput: no images, or, when it is read, a damaged one.
-    """
+    ADM's rule for ImageNet does not. pattern: of the files. BadInput: no images, or, when it is read, a damaged one."""
 
     def __init__(self, root, size=None, upright=False, pattern="*/*"):
+        self.size, self.upright = size, upright
         readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
         files = sorted(p for p in Path(root or "no --data-dir").glob(pattern) if p.is_file() and p.name[0] != ".")
         self.paths = [path for path in files if path.suffix.lower() in readable]
@@ -316,7 +283,6 @@ class ImageFolder:
             raise BadInput(f"{root} holds no images at {pattern}: give a folder like ImageNet's train/, by --data-dir")
         classes, labels = np.unique([path.parent.name for path in self.paths], return_inverse=True)  # sorted by name
         self.classes, self.labels = classes.tolist(), torch.from_numpy(labels)
-        self.size, self.upright = size, upright
         if rank() == 0:
             print(f"{root}: {len(self.paths):,} images of {len(self.classes):,} classes, "
                   f"{', '.join(self.classes[:3])} ... {len(files) - len(self.paths)} files left out as no images.")
@@ -346,16 +312,12 @@ class ImageFolder:
 @torch.no_grad()
 def encode(folder, vae, cache, about, batch=32):
     """Write the latents of all images of a folder, and of their mirror images, or go on where a call was stopped.
-
-    A latent is a Gaussian, so its mean and log-variance are kept; a latent can't be mirrored, so both views are.
-    cache/moments.npy: float16 (N, 2 views, mean and logvar, C, h, w); info.json: what it is, and how much is done.
-    about: {name: value} that must be as it was, such as the VAE's sha256. BadInput: it is not; an unreadable image.
-    """
+    cache/moments.npy: float16 (N, 2 views, mean and logvar, C, h, w); two views, since a latent can't be mirrored.
+    info.json: how much is done, and `about`, which must be as it was. BadInput: it is not; an image can't be read."""
     note, about = cache / "info.json", about | {"images": len(folder), "size": folder.size, "classes": folder.classes}
     info = json.loads(note.read_text()) if note.exists() else about | {"done": 0}
     check_made(cache, info, about)
-    cache.mkdir(parents=True, exist_ok=True)
-    np.save(cache / "labels.npy", folder.labels.numpy())
+    save(cache / "labels.pt", {"labels": folder.labels})
     for start in progress(range(info["done"], len(folder), batch), "encoding"):
         rows = range(start, min(start + batch, len(folder)))
         x = folder.read(rows).to(next(vae.parameters()).device)
@@ -368,8 +330,7 @@ def encode(folder, vae, cache, about, batch=32):
 
 
 class Latents:
-    """What `encode` wrote, memory-mapped; it is called first if a folder is given. about: what info.json has to say.
-    BadInput: it does not, or not all are encoded."""
+    """What `encode` wrote; it is called first if a folder is given. BadInput: not all is encoded, or not as `about`."""
 
     def __init__(self, cache, vae, folder=None, about={}):
         if folder and ranks() == 1:
@@ -381,14 +342,13 @@ class Latents:
                            "torchrun, with --data-dir, until all are encoded")  # fmt: skip
         check_made(cache, info, about)
         self.moments = np.load(Path(cache, "moments.npy"), mmap_mode="r")
-        self.labels = torch.from_numpy(np.load(Path(cache, "labels.npy")))
+        self.labels = load(Path(cache, "labels.pt"), "remove the folder")["labels"]
         self.classes, self.shape, self.scale = info["classes"], self.moments.shape[3:], vae.scale
 
     def draw(self, batch, generator):
         """Latents of images and mirror images, all equally likely: x_0 (batch, C, h, w), labels y (batch,)."""
         device = generator.device
-        i = torch.randint(len(self.labels), (batch,), generator=generator, device=device).cpu()
-        view = torch.randint(2, (batch,), generator=generator, device=device).cpu()
+        i, view = (torch.randint(n, (batch,), generator=generator, device=device).cpu() for n in (len(self.labels), 2))
         mean, logvar = torch.from_numpy(self.moments[i, view]).to(device).float().unbind(1)
         noise = torch.randn(mean.shape, generator=generator, device=device)
         return self.scale * (mean + (logvar / 2).exp() * noise), self.labels[i].to(device)

@@ -3,8 +3,7 @@
     python toy2d.py              the story, one seed        python toy2d.py --seeds 3     with mean and spread
     python toy2d.py --quick      all of it, small           python toy2d.py --unify       three methods, one function
 
-It leaves pictures, results.json and a csv for each training in runs/toy2d/. The same command again goes on where it was
-stopped, or only redraws.
+It leaves pictures, results.json and a csv for each training in runs/toy2d/. The same command again goes on, or redraws.
 
 1. A teacher learns the velocity field of a density by flow matching. It samples by Heun's method, with 64 calls.
 2. The bottleneck. Students of many sizes learn the teacher's average velocity by MeanFlow (TD, meanflow_td.py) and
@@ -17,14 +16,13 @@ stopped, or only redraws.
 4. The controls: no TD, or a discriminator that averages its tokens. Does the start matter? DMD alone from three starts.
 
 PAPER: figure 3, where quality of TD rises with size, and 50 times the size does not close the gap. OURS: density,
-networks and budget, which the paper does not give. One thing differs from images: the tokens that the discriminator
-weighs are the teacher's hidden layers, not places, so attention against mean pooling says little here.
+networks and budget, which the paper does not give. The tokens that the discriminator weighs are the teacher's hidden
+layers, not places as in images, so attention against mean pooling says little here.
 """
 
 import argparse
 import copy
 import math
-import time
 from functools import cache, partial
 from pathlib import Path
 
@@ -32,18 +30,16 @@ import torch
 from matplotlib.animation import PillowWriter
 
 from awd import AdaptiveWeightedDiscriminator
-from data import (BLUE, GREEN, GREY, ORANGE, PINK, in_processes, load, new_figure, plot_curves, report, rng,
-                  save)  # fmt: skip
+from data import BLUE, GREEN, GREY, ORANGE, PINK, in_processes, load, new_figure, plot_curves, report, rng, save
 from dmd_refine import refine
-from meanflow_td import (NO_MOMENTUM, flow_matching_loss, meanflow_target, new_network, sample, sample_ode,
-                         student_loss, teacher_loss, train)  # fmt: skip
+from meanflow_td import NO_MOMENTUM, meanflow_target, new_network, sample, sample_ode, student_loss, teacher_loss, train
 from models import VelocityMLP, add_noise, expand_times
 
 DEPTH, TEACHER_WIDTH, TAPS = 3, 96, (0, 1, 2)  # hidden layers of all networks; those that the discriminator reads
 HD_WIDTH, WIDTHS = 48, (168, 88, 48, 30, 18)  # of students: 92,570 to 1,820 parameters; HD has 9,170
-# A run is one of these two, with what to draw ("data") and where to write ("out"). longer: see `story`.
-DEFAULT = dict(teacher_steps=6000, td_steps=1900, refine_steps=1900, samples=50_000, ode_steps=32, longer=4)
-QUICK = dict(teacher_steps=150, td_steps=80, refine_steps=80, samples=2000, ode_steps=8, longer=4)
+# A run is one of these two, with what to draw ("data") and where to write ("out").
+DEFAULT = dict(teacher_steps=6000, td_steps=1900, refine_steps=1900, samples=50_000, ode_steps=32)
+QUICK = dict(teacher_steps=150, td_steps=80, refine_steps=80, samples=2000, ode_steps=8)
 
 # --- Densities: points in the plane, and which part of the support a point lies in, -1 outside ------------------------
 
@@ -82,11 +78,9 @@ def curve_of(curves, x):
     return torch.where(distance < 3 * BLUR, curve, -1)
 
 
-DENSITIES = {  # how to draw it, which part holds a point, how many parts there are
-    "checkerboard": (checkerboard, square_of, 8),
-    "rings": (partial(blurred, RINGS), partial(curve_of, RINGS), 3),
-    "spirals": (partial(blurred, SPIRALS), partial(curve_of, SPIRALS), 2),
-}
+DENSITIES = {"checkerboard": (checkerboard, square_of, 8),  # how to draw it, which part holds a point, how many parts
+             "rings": (partial(blurred, RINGS), partial(curve_of, RINGS), 3),
+             "spirals": (partial(blurred, SPIRALS), partial(curve_of, SPIRALS), 2)}  # fmt: skip
 
 
 def draw(data, batch, generator):
@@ -95,7 +89,6 @@ def draw(data, batch, generator):
 
 
 # --- How good is a sample? -------------------------------------------------------------------------------------------
-
 # Pictures look at the samples of these trainings after so many updates of a stage. A training without TD is as long as
 # both stages, so it is looked at again when td_steps and so many updates have passed, beside stage 2 of the others.
 WATCHED = ("td-start", "hd", "dmd-awd", "td-dmd", "dmd-short", "dmd-far")
@@ -111,11 +104,8 @@ def sorted_projections(x, count=128):
 
 
 def sliced_w2(projections_x, projections_y):
-    """Sliced Wasserstein-2 distance from the sorted projections (count, n) of two samples of equal size.
-
-    In one dimension the optimal transport pairs the sorted points; the squares are averaged over points and directions
-    (Bonneel et al., J. Math. Imaging Vis. 51, 2015).
-    """
+    """Sliced Wasserstein-2 distance from the sorted projections (count, n) of two samples of equal size: the optimal
+    transport in one dimension pairs the sorted points (Bonneel et al., J. Math. Imaging Vis. 51, 2015)."""
     return (projections_x - projections_y).square().mean().sqrt().item()
 
 
@@ -139,12 +129,11 @@ def measure(x, data, x_teacher):
 
 def keep(run, seed, name, net, n, sampler=sample):
     """Measure a network after n updates, if a picture looks then, and keep that for `load_kept`. -> its measures"""
-    if n != LAST and not {n, n - run["td_steps"]} & {*MARKS}:
+    if n != LAST and not (name in WATCHED and {n, n - run["td_steps"]} & {*MARKS}):
         return None
     eps, _ = reference(run["data"], run["samples"])
     x = torch.cat([sampler(net, block) for block in eps.split(4096)])  # blocks that fit into a CPU's cache
     measures = measure(x, run["data"], x if name == "teacher" else load_kept(run, seed, "teacher")["x"])
-    x = x if name == "teacher" else x[:POINTS].clone()
     save(run["out"] / f"seed{seed}-{name}" / f"{n:05d}.pt", {"x": x, **measures})
     return measures
 
@@ -158,8 +147,7 @@ def load_kept(run, seed, name, n=LAST):
 def result(run, seed, name, what, net, updates, sampler=sample, nfe=1):
     """A row of results.json for a trained network: what was run, its calls for one sample (nfe), its measures."""
     return {"what": what, "name": name, "seed": seed, "width": net.out.in_features, "nfe": nfe, "updates": updates,
-            "parameters": sum(p.numel() for p in net.parameters()),
-            **keep(run, seed, name, net, LAST, sampler)}  # fmt: skip
+            "parameters": sum(p.numel() for p in net.parameters()), **keep(run, seed, name, net, LAST, sampler)}
 
 
 # --- The trainings: each is a job for one process, and leaves one file -----------------------------------------------
@@ -194,9 +182,9 @@ def td_row(run, job):
     """Job: a student by TD. -> its row"""
     seed, name, what, width, updates = job
     loss = partial(student_loss, draw=partial(draw, run["data"], 256), teacher=teacher_of(run, seed))
-    look = partial(keep, run, seed, name) if name in WATCHED else None
     net = train(run["out"] / f"seed{seed}-{name}.pt", student(seed, width), loss, steps=updates, lr=td_rate(width),
-                betas=NO_MOMENTUM, seed=seed, config={"data": run["data"]}, look=look, look_every=25)  # fmt: skip
+                betas=NO_MOMENTUM, seed=seed, config={"data": run["data"]},
+                look=partial(keep, run, seed, name), look_every=25)  # fmt: skip
     return result(run, seed, name, what, net, updates)
 
 
@@ -204,19 +192,18 @@ def refined_row(run, job):
     """Job: a student by stage 2, from TD, from random weights or from far off. -> its row"""
     seed, name, what, start, pooling, updates = job
     net, teacher, discriminator = student(seed, HD_WIDTH), teacher_of(run, seed), None
+    fake = copy.deepcopy(teacher)  # PAPER: the fake branch starts as the teacher
     if start == "td":
         net.load_state_dict(load(run["out"] / f"seed{seed}-td-start.pt", "run toy2d.py again")["ema"])
     if start == "far":
-        with torch.no_grad():
-            net.out.bias -= 3  # x_gen = eps - u lies around (3, 3), outside of the data
+        net.out.bias.data -= 3  # x_gen = eps - u lies around (3, 3), outside of the data
     if pooling != "none":
         build = partial(AdaptiveWeightedDiscriminator, [TEACHER_WIDTH], pooling)
         discriminator = new_network(seed, "discriminator", build)
-    net = refine(run["out"] / f"seed{seed}-{name}.pt", net, teacher,
-                 copy.deepcopy(teacher),  # PAPER: the fake branch starts as the teacher
-                 discriminator, partial(draw, run["data"], 512), steps=updates, seed=seed, taps=TAPS,
+    net = refine(run["out"] / f"seed{seed}-{name}.pt", net, teacher, fake, discriminator,
+                 partial(draw, run["data"], 512), steps=updates, seed=seed, taps=TAPS,
                  config={"data": run["data"], "start": start, "pooling": pooling},
-                 look=partial(keep, run, seed, name) if name in WATCHED else None, look_every=25)  # fmt: skip
+                 look=partial(keep, run, seed, name), look_every=25)  # fmt: skip
     return result(run, seed, name, what, net, updates + (start == "td") * run["td_steps"])
 
 
@@ -226,7 +213,7 @@ def story(run, seeds):
     rows = in_processes(partial(teacher_row, run), seeds)
 
     # seed, name, what it is, width, updates. First the largest student, trained longer: is the gap one of training?
-    jobs = [(0, f"td-x{run['longer']}", "TD, longer", WIDTHS[0], run["longer"] * (first + second))]
+    jobs = [(0, "td-x4", "TD, longer", WIDTHS[0], 4 * (first + second))]
     for seed in seeds:
         jobs += [(seed, f"td-{width}", "TD", width, first + second) for width in WIDTHS]
         jobs += [(seed, "td-start", "TD, stage 1 alone", HD_WIDTH, first)]
@@ -251,26 +238,20 @@ def story(run, seeds):
     report(out / "start.json", marks, FACTS, two)
     plot_curves(out / "start.png", marks + [row for row in rows if row["name"] == "dmd"], "updates", two, START,
                 "Does the start matter? DMD alone from three starts, against the updates of stage 2")  # fmt: skip
-    eps, _ = reference(run["data"], run["samples"])
-    colours = eps[:POINTS, 1].argsort().argsort()  # of a noise point: how high it lies among them
+    colours = reference(run["data"], run["samples"])[0][:POINTS, 1].argsort().argsort()  # how high a noise point lies
     plot_story(out / "story.png", run, rows, colours)
     animate(out / "toy.gif", run, colours[:SHOWN])
 
 
 # --- The unified view: three roads to the average velocity -----------------------------------------------------------
-
-# The question: u(eps, 0, 1). The exact answer: (eps - x_0) / 1, with x_0 the end of the teacher's ODE. The distance
-# between the two is the replay error of one step.
+# The question: u(eps, 0, 1). The answer: eps - x_0, where x_0 ends the teacher's ODE. Replay error: their distance.
 
 
 def consistency_loss(u_theta, x_t, v, *, t, p=1.0, c=1e-2):
     """Continuous-time consistency distillation, weighted by 1/t, as a loss on the network u_theta(x_t, t=t).
-
     The consistency function f(x_t, t) = x_t - t u(x_t, 0, t) should not change along the teacher's path: df/dt = 0.
     Its gradient is (df/dt) . grad f (Song et al., arXiv 2303.01469, continuous-time CD; Lu & Song, arXiv 2410.11081).
-    x_t, v (B, ...); t (B,) in (0, 1]. p, c: MeanFlow's adaptive weight. Returns the scalar loss and err (B,), the
-    squared norm of df/dt.
-    """
+    x_t, v (B, ...); t (B,) in (0, 1]. p, c: MeanFlow's adaptive weight. -> scalar loss, err (B,) = |df/dt|^2."""
     # f = x_t - t u   =>   df/dt = v - u - t du/dt ;   grad f = -t grad u
     u = u_theta(x_t, t=t)
     _, du_dt = meanflow_target(lambda x, *, t, r: u_theta(x, t=t), x_t, v, r=torch.zeros_like(t), t=t)
@@ -285,12 +266,25 @@ def consistency_loss(u_theta, x_t, v, *, t, p=1.0, c=1e-2):
 
 def progressive_target(velocity, x_t, *, t, h):
     """Progressive distillation's target: two steps of length h by the present velocity, as one (arXiv 2202.00512).
-
-    velocity(x_t, t=t) -> (B, ...); t (B,) >= 2 h. Returns (v(x_t, t) + v(x_t - h v, t - h)) / 2: (B, ...).
-    """
+    velocity(x_t, t=t) -> (B, ...); t (B,) >= 2 h. -> (v(x_t, t) + v(x_t - h v, t - h)) / 2: (B, ...)."""
     v_first = velocity(x_t, t=t)
     v_second = velocity(x_t - h * v_first, t=t - h)
     return (v_first + v_second) / 2
+
+
+def road_loss(net, generator, *, data, teacher, h):
+    """Consistency distillation of a teacher (h None), or progressive distillation of its steps of length h."""
+    x_0, _ = draw(data, 256, generator)
+    eps, t = torch.randn(x_0.shape, generator=generator), torch.rand(256, generator=generator).clamp_min(1e-3)
+    if h is None:
+        x_t = add_noise(x_0, eps, t)
+        loss, err = consistency_loss(net, x_t, teacher(x_t, t=t), t=t)
+    else:
+        t = 2 * h * (t / (2 * h)).ceil()  # the student's grid: 2 h, 4 h, ..., 1
+        x_t = add_noise(x_0, eps, t)
+        err = (net(x_t, t=t) - progressive_target(teacher, x_t, t=t, h=h)).square().flatten(1).sum(dim=1)
+        loss = (err / (err.detach() + 1e-2)).mean()  # MeanFlow's adaptive weight, as on the other two roads
+    return loss, {"raw_error": err.mean()}
 
 
 def road_row(run, job):
@@ -299,31 +293,17 @@ def road_row(run, job):
     updates, name = run["td_steps"] + run["refine_steps"], f"unify-{road}-{width}"
     if road == "MeanFlow":
         return td_row(run, (seed, f"td-{width}", road, width, updates))
-
-    def loss_of(net, generator):  # of the present round: `teacher` and `h` change below
-        x_0, _ = draw(run["data"], 256, generator)
-        eps, t = torch.randn(x_0.shape, generator=generator), torch.rand(256, generator=generator).clamp_min(1e-3)
-        if road == "consistency":
-            x_t = add_noise(x_0, eps, t)
-            loss, err = consistency_loss(net, x_t, teacher(x_t, t=t), t=t)
-        else:
-            t = 2 * h * (t / (2 * h)).ceil()  # the student's grid: 2 h, 4 h, ..., 1
-            x_t = add_noise(x_0, eps, t)
-            _, err = flow_matching_loss(net, x_t, progressive_target(teacher, x_t, t=t, h=h), t=t)
-            loss = (err / (err.detach() + 1e-2)).mean()  # MeanFlow's adaptive weight, as on the other two roads
-        return loss, {"raw_error": err.mean()}
-
     # Progressive distillation takes six rounds, from 64 Euler steps of the teacher to one. Each student but the first
     # starts as the one before it, which is now its teacher. It learns to step 2 h as its teacher steps h twice.
-    rounds = [None] if road == "consistency" else [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
+    rounds = [None] if road == "consistency" else [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]  # h
     betas = NO_MOMENTUM if road == "consistency" else (0.9, 0.99)  # without du/dt in the target, momentum helps
     teacher, net = teacher_of(run, seed), student(seed, width, two_times=False)
     for k, h in enumerate(rounds):
-        teacher = train(run["out"] / f"seed{seed}-{name}-{k}.pt", net, loss_of, steps=updates // len(rounds),
+        loss = partial(road_loss, data=run["data"], teacher=teacher, h=h)
+        teacher = train(run["out"] / f"seed{seed}-{name}-{k}.pt", net, loss, steps=updates // len(rounds),
                         lr=td_rate(width), betas=betas, seed=seed, config={"data": run["data"]})  # fmt: skip
         net = copy.deepcopy(teacher).requires_grad_(True)
-    one_step = lambda net, eps: eps - net(eps, t=torch.ones(len(eps)))  # noqa: E731
-    return result(run, seed, name, road, teacher, updates, one_step)
+    return result(run, seed, name, road, teacher, updates, lambda net, eps: eps - net(eps, t=torch.ones(len(eps))))
 
 
 def unify(run, seeds):
@@ -336,9 +316,7 @@ def unify(run, seeds):
                 "Three distillations learn one function, the average\nvelocity, and miss it by what their size allows")
 
 
-# --- Pictures and tables ---------------------------------------------------------------------------------------------
-
-# What the pictures show: measures, with the names and the scales of their axes, and the curves of three of them.
+# --- Pictures: measures, with the names and the scales of their axes, and the curves of three of them -----------------
 MEASURES = {"replay_error": ("replay error\n(squared distance to the teacher's sample)", "log"),
             "sliced_w2": ("sliced Wasserstein-2 to the data", "log"),
             "share_inside": ("share of samples inside the support", "linear")}  # fmt: skip
@@ -369,8 +347,7 @@ def plot_story(path, run, rows, colours):
     names = ["teacher", f"td-{WIDTHS[-1]}", f"td-{WIDTHS[0]}", f"td-{HD_WIDTH}", "td-dmd", "hd", "dmd-awd"]
     of_name = {row["name"]: row for row in rows if row["seed"] == 0}
     for axis, name in zip(axes.flat[1:], names):
-        title = "{what}\nwidth {width}, calls: {nfe}".format(**of_name[name])
-        scatter(axis, load_kept(run, 0, name), colours, title)
+        scatter(axis, load_kept(run, 0, name), colours, "{what}\nwidth {width}, calls: {nfe}".format(**of_name[name]))
     figure.suptitle("A sample's colour shows how high its noise point lay, in all panels")
     figure.savefig(path)
 
@@ -399,9 +376,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     name = "-".join(["toy2d"] + [args.data] * (args.data != "checkerboard") + ["quick"] * args.quick)
     run = (QUICK if args.quick else DEFAULT) | {"data": args.data, "out": args.out or Path("runs", name)}
-    start = time.time()
     (unify if args.unify else story)(run, range(args.seeds))
-    print(f"In {run['out']}, after {(time.time() - start) / 60:.1f} minutes: pictures, rows as JSON, csv files.")
+    print(f"In {run['out']}: pictures, rows as JSON, csv files.")
 
 
 if __name__ == "__main__":

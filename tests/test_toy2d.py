@@ -17,7 +17,7 @@ from test_runs import end, start  # noqa: F401  start is a fixture
 import toy2d
 from data import rng
 
-FEW = dict(teacher_steps=25, td_steps=25, refine_steps=25, samples=200, ode_steps=2, longer=2)  # instead of QUICK
+FEW = dict(teacher_steps=25, td_steps=25, refine_steps=25, samples=200, ode_steps=2)  # instead of QUICK
 
 # --- Densities and distance ------------------------------------------------------------------------------------------
 
