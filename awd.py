@@ -12,8 +12,8 @@ et al., arXiv 2511.08930) learns where to look:
     pooled = sum_i a_i z_i                         (B, C)
     logit  = SN linear( LeakyReLU( SN linear( LayerNorm(pooled) ) ) )
 
-"SN" is a spectral norm, which limits a linear layer's gain to 1 (PRIOR: Miyato et al., arXiv 1802.05957). Keys and
-query stay free, and a LayerNorm follows the values, so the whole head is not bounded.
+"SN" is a spectral norm: a weight is divided by its largest singular value, which a power iteration estimates, so that
+the layer's gain is at most 1 (PRIOR: Miyato et al., arXiv 1802.05957). Keys and query stay free.
 The baseline, pooling="mean", is the same head with a_i = 1/N. Nothing else differs between the two.
 
     logits = AdaptiveWeightedDiscriminator(dims=[128])(features)      features: [(B, N, 128)], of one tapped layer

@@ -2,8 +2,9 @@
 
 Stage 1 maps each noise point to the teacher's own sample of it. A small network can't do this for all points. This
 stage drops it: WHICH sample a noise point becomes no longer matters, only that all samples together have the teacher's
-distribution. For that, minimise KL(student || teacher) on noised samples, whose gradient is a difference of two scores
-(Yin et al., arXiv 2311.18828):
+distribution. For that, minimise KL(student || teacher) = E[log p_student - log p_teacher] on noised samples. As a
+sample moves, it changes by the difference of the two scores (Yin et al., arXiv 2311.18828); that the student changes
+log p_student too averages to 0.
 
     x_gen = eps - u(eps, 0, 1)                        the student's sample, one call
     x_t   = (1 - t) x_gen + t noise                   t in [0.02, 0.98]
@@ -11,8 +12,8 @@ distribution. For that, minimise KL(student || teacher) on noised samples, whose
     x0_fake = x_t - t v_fake(x_t, t)                  the fake branch's, which knows the STUDENT's distribution
     grad  = (x0_fake - x0_real) / mean|x_gen - x0_real|
 
-A score is -(x_t - (1 - t) x0_guess)/t^2, so score_fake - score_real = (1 - t)/t^2 (x0_fake - x0_real), and grad is the
-gradient of the KL up to a factor for each sample.
+A score is -eps_hat/t = -(x_t - (1 - t) x0_guess)/t^2, so score_fake - score_real = (1 - t)/t^2 (x0_fake - x0_real):
+grad is the gradient of the KL up to a factor for each sample.
 The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen. It always lags a
 little behind the student, and each score is good only where its network has seen samples, so the two distributions
 should overlap from the start: that is the paper's reason for stage 1.
@@ -27,9 +28,8 @@ features of x_gen at a little noise, where local defects can still be seen. Thre
     python dmd_refine.py --data glyphs --probe                 # at which noise can a discriminator see anything?
 
 A run adds to the folder of stage 1: <name>-seed<seed>.pt, its csv, in samples/ grids and `panels`, and in budgets/ the
-student at several updates, for the curves of evaluate.py.
-The paper does not state learning rates, update ratio, lambda_adv and the times of the adversarial term. OURS: those of
-`refine`, found in 2D, and GLYPHS; IMAGENET follows DMD2.
+student at several updates, for the curves of evaluate.py. The paper does not state learning rates, update ratio,
+lambda_adv and the times of the adversarial term. OURS: those of `refine`, found in 2D, and GLYPHS.
 """
 
 import argparse
@@ -64,8 +64,8 @@ def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake, normalize=True):
     """The direction in which x_gen should NOT go: (x0_fake - x0_real) / mean|x_gen - x0_real|, for each sample.
 
     x_gen, its noised x_t, and both velocities at (x_t, t): (B, ...); t (B,). Returns (B, ...).
-    Multiplied by (1 - t)^2/t^2 instead of normalised (normalize=False, for a test), and averaged over the noise, this
-    is the exact gradient of KL(p_gen,t || p_real,t) by x_gen, if both velocities are exact: a score is
+    Not normalised (normalize=False, for a test), multiplied by (1 - t)^2/t^2 and averaged over the noise, this is the
+    exact gradient of KL(p_gen,t || p_real,t) by x_gen, if both velocities are exact: a score is
     -(x_t - (1 - t) x0_guess)/t^2, and x_t moves by 1 - t as x_gen moves by 1. The normaliser gives all noise levels
     about the same weight instead. PRIOR: the normaliser of DMD (arXiv 2311.18828, eq. 8), whose other factor, 1 - t,
     DMD2's code leaves out, as we do.
@@ -122,7 +122,7 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_
         grad = dmd_gradient(x_gen, x_t, t=t, v_real=v_real, v_fake=v_fake)
     log = {"grad_dmd": grad.flatten(1).norm(dim=1).mean(), "pull_dmd": grad.norm() / grad.numel(),
            "gen_mean": x_gen.mean(), "gen_std": x_gen.std()}  # fmt: skip
-    loss = dmd_loss(x_gen, grad)
+    loss = dmd_loss(x_gen, grad)  # its gradient on x_gen has the norm pull_dmd
     if discriminator is not None:
         x = x_gen.detach().requires_grad_()  # the graph is cut here, to see how hard the term pulls
         x_t, _, t = noised(x, generator, T_ADV)

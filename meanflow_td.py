@@ -77,13 +77,13 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
         raise ValueError(f"u(x_t, r, t) needs r <= t, but row {row} has r = {r[row]:.4g} > t = {t[row]:.4g}")
     du_dt, rows = torch.zeros_like(v), (r < t).nonzero().squeeze(1)
     if len(rows):
-        u_rows = with_labels(u_theta, None if y is None else y[rows])
-        with torch.no_grad(), forward_ad.dual_level():  # the target carries no gradient: forward mode needs no graph
+        u_labelled = with_labels(u_theta, None if y is None else y[rows])
+        with torch.no_grad(), forward_ad.dual_level():  # room for tangents; the target needs no graph
             # du/dt = v . grad_x u + d_t u : the tangents are (v, 1) for (x, t); r is constant along the path
             x_dual = forward_ad.make_dual(x_t[rows].detach(), v[rows].detach())
             t_dual = forward_ad.make_dual(t[rows], torch.ones_like(t[rows]))
             with autocast_off(v):  # bf16 would make du/dt wrong by a percent
-                u = u_rows(x_dual, t=t_dual, r=r[rows])
+                u = u_labelled(x_dual, t=t_dual, r=r[rows])
             du_dt[rows] = forward_ad.unpack_dual(u).tangent
     # u_target = v - (t - r) du/dt
     return (v - expand_times(t - r, v) * du_dt).detach(), du_dt
@@ -94,8 +94,8 @@ def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2):
 
     Arguments as in `meanflow_target`. Returns the scalar loss and err (B,), the raw squared error summed over all but
     the first dimension: watch err, for at p = 1 the weighted loss is about 1 as long as err is far above c.
-    p, c: the weight 1/(err + c)^p, without gradient. PRIOR: p = 1, c = 1e-2 (MeanFlow's official code). With a noisy
-    target p = 1 fits the mode and not the mean, so the teacher and the fake branch have no such weight.
+    p, c: the weight 1/(err + c)^p, without gradient. PRIOR: p = 1, c = 1e-2 (MeanFlow's official code). p = 1 has the
+    gradient of log(err + c): with a noisy target it fits the mode, not the mean, so teacher and fake branch have none.
     """
     u_target, _ = meanflow_target(u_theta, x_t, v, r=r, t=t, y=y)
     err = (with_labels(u_theta, y)(x_t, t=t, r=r) - u_target).square().flatten(1).sum(dim=1)  # (B,)
@@ -190,8 +190,8 @@ def learning_rate(step, steps, peak, warmup=100):
 def update(net, optimizer, loss_of, *, lr, words, parts=1, clip=20.0, amp=False):
     """Move one network by the mean of loss_of(generator) -> (loss, log) over the parts of a batch. -> log of a part
 
-    Part k is drawn from rng(*words, k). One process takes the parts in turn, which saves memory; several, started by
-    torchrun, take every ranks-th part each. The gradient is the same up to rounding.
+    Part k is drawn from rng(*words, k), seeded by the words (data.py). One process takes the parts in turn, which saves
+    memory; several, started by torchrun, take every ranks-th part each. On a first reading, take parts for 1.
     clip: the gradient's greatest norm. amp: matrix products in bf16; times, du/dt, target and loss stay in fp32.
     """
     for group in optimizer.param_groups:
@@ -217,8 +217,8 @@ def update_ema(ema, net, step, decay=0.999):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), weight)
 
 
-# OURS: stage 1 has no momentum. An update changes the student's error e by -(e + (t - r) de/dt), so e also turns, and
-# momentum repeats directions that are out of date. In 2D a student at its best rate is twice as near without it.
+# OURS: stage 1 has no momentum. With the student's error e = u_theta - u, u_target - u_theta = -(e + (t - r) de/dt).
+# The second term turns e instead of shrinking it, and momentum repeats directions that are out of date.
 NO_MOMENTUM = 0.0, 0.99  # Adam's betas; 0.99 is a memory of 100 updates
 
 
@@ -226,9 +226,9 @@ def train(path, net, loss_of, *, steps, lr, seed=0, betas=(0.9, 0.99), ema_decay
           look_every=500, **how):  # fmt: skip
     """Train `net` by loss_of(net, generator) -> (loss, log); return its average network (EMA), frozen.
 
-    path: the stage's file, see `data.go_on`; if it is finished, nothing is left to do. lr: the peak of Adam's learning
-    rate. betas: Adam's. config: what the file says of its making, besides these. look(ema, n): draws a picture after n
-    updates, every look_every. how: clip, parts and amp of `update`.
+    path: the stage's file. The loop is in `data.go_on`, which calls one_step(k) for each k, saves and resumes. lr: the
+    peak of Adam's rate. betas: Adam's. config: what the file says of its making, besides these. look(ema, n): draws a
+    picture after n updates, every look_every. how: clip, parts and amp of `update`.
     """
     optimizer = torch.optim.Adam(net.parameters(), betas=betas, fused=True)
     ema = copy.deepcopy(net).requires_grad_(False)

@@ -59,42 +59,13 @@ def square_of(x):
     return torch.where(on_board, 2 * row + column // 2, -1)
 
 
-# Rings and spirals are curves, points evenly along each (curves, 1024, 2), blurred by a Gaussian of std BLUR.
-BLUR, ALONG = 0.05, torch.arange(1024)[:, None] / 1024
-CIRCLE, ARM = 2 * math.pi * ALONG, 2 * math.pi * 1.25 * ALONG.sqrt()  # angles; the root spreads an arm's points evenly
-RINGS = torch.stack([radius * torch.cat([CIRCLE.cos(), CIRCLE.sin()], 1) for radius in (0.6, 1.2, 1.8)])
-SPIRALS = torch.stack([side * 2 * ALONG.sqrt() * torch.cat([ARM.cos(), ARM.sin()], 1) for side in (1, -1)])
-
-
-def blurred(curves, n, generator):
-    """n points (n, 2): a curve, a point on it, noise."""
-    curve, along = (torch.randint(count, (n,), generator=generator) for count in curves.shape[:2])
-    return curves[curve, along] + BLUR * torch.randn(n, 2, generator=generator)
-
-
-def curve_of(curves, x):
-    """Which curve lies within three BLURs of a point x (n, 2): (n,)."""
-    distance, curve = torch.stack([torch.cdist(x, points).amin(1) for points in curves], dim=1).min(dim=1)
-    return torch.where(distance < 3 * BLUR, curve, -1)
-
-
-DENSITIES = {"checkerboard": (checkerboard, square_of, 8),  # how to draw it, which part holds a point, how many parts
-             "rings": (partial(blurred, RINGS), partial(curve_of, RINGS), 3),
-             "spirals": (partial(blurred, SPIRALS), partial(curve_of, SPIRALS), 2)}  # fmt: skip
-
-
 def draw(data, batch, generator):
     """A batch for the training loops: points x_0 (batch, 2), and None, since points have no labels."""
     return DENSITIES[data][0](batch, generator), None
 
 
 # --- How good is a sample? -------------------------------------------------------------------------------------------
-# Pictures look at the samples of these trainings after so many updates of a stage. A training without TD is as long as
-# both stages, so it is looked at again when td_steps and so many updates have passed, beside stage 2 of the others.
-WATCHED = ("td-start", "hd", "dmd-awd", "td-dmd", "dmd-short", "dmd-far")
-MARKS = (25, 50, 100, 150, 200, 400, 800, 1900)
 LAST = 99_999  # stands for the end of a training, however many updates it has
-POINTS, SHOWN = 5000, 2000  # samples in a picture, and in the moving one
 
 
 def sorted_projections(x, count=128):
@@ -316,7 +287,36 @@ def unify(run, seeds):
                 "Three distillations learn one function, the average\nvelocity, and miss it by what their size allows")
 
 
+# --- Two more densities: points evenly along curves (curves, 1024, 2), blurred by a Gaussian of std BLUR --------------
+BLUR, ALONG = 0.05, torch.arange(1024)[:, None] / 1024
+CIRCLE, ARM = 2 * math.pi * ALONG, 2 * math.pi * 1.25 * ALONG.sqrt()  # angles; the root spreads an arm's points evenly
+RINGS = torch.stack([radius * torch.cat([CIRCLE.cos(), CIRCLE.sin()], 1) for radius in (0.6, 1.2, 1.8)])
+SPIRALS = torch.stack([side * 2 * ALONG.sqrt() * torch.cat([ARM.cos(), ARM.sin()], 1) for side in (1, -1)])
+
+
+def blurred(curves, n, generator):
+    """n points (n, 2): a curve, a point on it, noise."""
+    curve, along = (torch.randint(count, (n,), generator=generator) for count in curves.shape[:2])
+    return curves[curve, along] + BLUR * torch.randn(n, 2, generator=generator)
+
+
+def curve_of(curves, x):
+    """Which curve lies within three BLURs of a point x (n, 2): (n,)."""
+    distance, curve = torch.stack([torch.cdist(x, points).amin(1) for points in curves], dim=1).min(dim=1)
+    return torch.where(distance < 3 * BLUR, curve, -1)
+
+
+DENSITIES = {"checkerboard": (checkerboard, square_of, 8),  # how to draw it, which part holds a point, how many parts
+             "rings": (partial(blurred, RINGS), partial(curve_of, RINGS), 3),
+             "spirals": (partial(blurred, SPIRALS), partial(curve_of, SPIRALS), 2)}  # fmt: skip
+
+
 # --- Pictures: measures, with the names and the scales of their axes, and the curves of three of them -----------------
+# Pictures look at the samples of these trainings after so many updates of a stage. A training without TD is as long as
+# both stages, so it is looked at again when td_steps and so many updates have passed, beside stage 2 of the others.
+WATCHED = ("td-start", "hd", "dmd-awd", "td-dmd", "dmd-short", "dmd-far")
+MARKS = (25, 50, 100, 150, 200, 400, 800, 1900)
+POINTS, SHOWN = 5000, 2000  # samples in a picture, and in the moving one
 MEASURES = {"replay_error": ("replay error\n(squared distance to the teacher's sample)", "log"),
             "sliced_w2": ("sliced Wasserstein-2 to the data", "log"),
             "share_inside": ("share of samples inside the support", "linear")}  # fmt: skip
