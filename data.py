@@ -2,6 +2,8 @@
 
 Randomness is a function of (seed, stream, step), never of history. So a stage of training is ONE file, which `go_on`
 writes every minute: networks, optimisers, step. The same command again reads it and goes on, bit for bit on the CPU.
+Images are uint8 (H, W, C) in files, and float (B, C, H, W) in [-1, 1] for networks. A source of training data is a
+function draw(batch, generator) -> x_0 (B, ...), y (B,): `draw_glyphs`, `ImageFolder.draw`, `Latents.draw`.
 """
 
 import functools
@@ -32,7 +34,8 @@ def blame(what, remedy):
     try:
         yield
     except Exception as error:  # neither torch nor numpy nor Pillow has one type for all of them
-        why = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        said = str(error).split("Weights only")[0].split()  # what torch says next is how to load it unsafely
+        why = f"{type(error).__name__}: {' '.join(said):.200}"
         raise BadInput(f"{what} ({why}): {remedy}") from error
 
 
@@ -82,6 +85,9 @@ def in_processes(work, jobs):
         return list(pool.map(work, jobs))
 
 
+# --- Save, and go on -------------------------------------------------------------------------------------------------
+
+
 def put(path, write):
     """write(beside), then rename: whenever the process is killed, `path` is whole, the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +119,7 @@ def check_made(path, was, now):
     for key, value in json.loads(json.dumps(now)).items():  # as it is read back: tuples become lists
         if was.get(key) != value:
             raise BadInput(f"{path} was made with {key} = {was.get(key)!s:.99}, not {value!s:.99}: give the same "
-                           "flags, or name another folder (--out, --cache), or remove it")  # fmt: skip
+                           "flags, or name another folder (--out, --cache)")  # fmt: skip
 
 
 def go_on(path, parts, one_step, *, steps, config, look=None, look_every=500, every=60.0, log_every=100):
@@ -123,7 +129,8 @@ def go_on(path, parts, one_step, *, steps, config, look=None, look_every=500, ev
     after n steps, every `look_every` and the last. BadInput: another config; a NaN, and the last save is kept."""
     if steps < 1:
         raise BadInput(f"{path.stem} with {steps} steps: give at least 1")
-    config, first, rows, saved = json.loads(json.dumps(config | {"steps": steps})), 0, [], time.monotonic()
+    config = json.loads(json.dumps(config | {"steps": steps}))  # as it is read back: tuples become lists
+    first, rows, saved = 0, [], time.monotonic()
     if path.exists():
         state = load(path, "")
         check_made(path, state.get("config", {}), config)
@@ -198,7 +205,8 @@ def plot_curves(path, rows, x, measures, curves, title):
         axis.set(xlabel=x, ylabel=label, xscale="log", yscale=scale)
         axis.set_xticks([], minor=True)
         axis.set_xticks(ticks, [f"{at:,}" for at in ticks], rotation=45, fontsize=8)
-    figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+    handles = axes[0, -1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2 + len(measures), fontsize=9)
     figure.suptitle(title)
     figure.savefig(path)
 
@@ -291,7 +299,7 @@ class ImageFolder:
         return len(self.paths)
 
     def __getitem__(self, i):
-        with blame(f"{self.paths[i]} can't be read as an image", "repair or remove it"):
+        with blame(f"{self.paths[i]} can't be read as an image", "repair or replace it"):
             image = Image.open(self.paths[i])
             if image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a channel")
@@ -342,7 +350,7 @@ class Latents:
                            "torchrun, with --data-dir, until all are encoded")  # fmt: skip
         check_made(cache, info, about)
         self.moments = np.load(Path(cache, "moments.npy"), mmap_mode="r")
-        self.labels = load(Path(cache, "labels.pt"), "remove the folder")["labels"]
+        self.labels = load(Path(cache, "labels.pt"), "give --data-dir once more")["labels"]
         self.classes, self.shape, self.scale = info["classes"], self.moments.shape[3:], vae.scale
 
     def draw(self, batch, generator):

@@ -239,7 +239,7 @@ def panels(student, teacher, fake, discriminator, eps, y, *, taps, decode, t=0.5
     grad = dmd_gradient(x_gen, x_t, t=times, v_real=v_real, v_fake=v_fake)
     rows = [decode(x) for x in (x_gen, x0_real, x0_fake, grad / grad.abs().max().clamp_min(1e-12))]
     if discriminator is not None:
-        times = times.fill_(sum(T_ADV) / 2)
+        times = eps.new_full((len(eps),), sum(T_ADV) / 2)
         features = teacher.features(add_noise(x_gen, eps.flip(0), times), t=times, y=y, taps=taps)
         for head, f in zip(discriminator.heads, features):
             share = head.weights(head.norm_tokens(f)) * f.shape[1]  # (B, N), 1 is even
@@ -337,20 +337,21 @@ VARIANTS = {  # of --ablation: where the student starts, and how the discriminat
 def open_stage_1(out, teacher, *, init, seed, device, about):
     """The student that stage 2 starts from and its teacher, from the files in `out`. teacher: a published one, or None.
     init: "td"; or "teacher", for a student without stage 1. about: how the files must have been made, else BadInput."""
-    hint, path, made = "run meanflow_td.py with the same --data and --out first", out / "teacher.pt", {}
+    hint, made = "run meanflow_td.py with the same --data and --out first", {}
     if teacher is None:
-        teacher, made = load_net(path, hint, device, two_times=False)
+        teacher, made = load_net(out / "teacher.pt", hint, device, two_times=False)
     teacher.w, teacher.cfg_channels = about["w"], about["cfg_channels"]
     if init == "teacher":  # at r < t it is far from an average velocity
         student = new_network(seed, "student", lambda: student_from_teacher(teacher)).to(device)
     else:
-        student, made = load_net(path := out / "td.pt", hint, device, two_times=True)
+        student, made = load_net(out / "td.pt", hint, device, two_times=True)
     made, about = made | made.get("network", {}), about | {"wrapper": type(teacher).__name__}
-    check_made(path, made, {key: about[key] for key in about if key in made})
+    check_made(f"stage 1 in {out}", made, {key: about[key] for key in about if key in made})
     return student, teacher
 
 
-def parse(argv):
+def flags():
+    """The command line of this stage: an argparse.ArgumentParser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)  # fmt: skip
     add_flags(parser)
@@ -366,17 +367,16 @@ def parse(argv):
         help="small images only: each --init with each --pooling for --seeds seeds, side by side; then the table")
     add("--probe", action="store_true", help="train no student: at which noise can a discriminator see? probe.png")
     add("--seeds", type=int, default=3, help="of --ablation (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.probe and args.data != "glyphs":
-        raise BadInput("--probe is for --data glyphs, which are endless: it needs images that no training has seen")
-    if args.ablation and args.data == "imagenet":
-        raise BadInput("--ablation is not for --data imagenet: train each variant with a --name of its own")
-    return args
+    return parser
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
+    args = flags().parse_args(argv)
+    if args.probe and args.data != "glyphs":
+        raise BadInput("--probe is for --data glyphs, which are endless: it needs images that no training has seen")
+    if args.ablation and args.data == "imagenet":
+        raise BadInput("--ablation is not for --data imagenet: train each variant with a --name of its own")
     device, out = join(args.device), args.out or Path("runs", args.data + "-quick" * args.quick)
     if args.ablation:
         rest = [word for word in argv if word != "--ablation"]  # of a flag given twice, the last counts
@@ -404,7 +404,7 @@ def main(argv=None):
     if args.probe:
         how = PROBE_QUICK if args.quick else PROBE
         probe(out / "probe.png", source.draw, student, teacher, build, taps=taps, **how)
-        return print(f"In {out}: probe.png")
+        return print(f"In {out}: probe.png, probe.json")
     discriminator = None if args.pooling == "none" else build(args.pooling)
     (eps, y), stem = grid_noise(source, device), f"{args.name}-seed{args.seed}"
     about |= {"network": student.describe(), "init": args.init, "pooling": args.pooling, "batch": batch,

@@ -16,8 +16,8 @@ images much more: a row says what was compared. Small images are judged by a cla
     python evaluate.py --images runs/samples --save-npz samples.npz              # for ADM's own evaluator
     python evaluate.py --flops                                                   # what one image costs
 
-OURS: the paper (arXiv 2511.08930) does not name its evaluator. This is ADM's protocol (arXiv 2105.05233), which DiT and
-SiT used: 50,000 samples with random labels against statistics of the whole training set.
+OURS: the paper names no evaluator. This is ADM's protocol (arXiv 2105.05233), as for DiT and SiT: 50,000 samples with
+random labels against statistics of the whole training set.
 """
 
 import argparse
@@ -125,8 +125,7 @@ class InceptionV3(nn.Module):
     @torch.no_grad()
     def forward(self, images, resize="tf1"):
         if images.ndim != 4 or images.shape[1] != 3 or not (images.amin() >= 0 and images.amax() <= 1):  # NaN fails too
-            raise ValueError("Inception takes finite images (B, 3, H, W) in [0, 1], not "
-                             f"{tuple(images.shape)} in [{images.amin():.3g}, {images.amax():.3g}]")  # fmt: skip
+            raise ValueError(f"Inception takes finite images (B, 3, H, W) in [0, 1], not these {tuple(images.shape)}")
         x = to_inception(images.float(), resize).contiguous(memory_format=torch.channels_last)  # (B, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))  # (B, 192, 71, 71)
@@ -324,7 +323,7 @@ def power_spectrum(images):
 
 
 def high_power(spectrum, reference):
-    """Power above half of Nyquist's frequency, over a reference's, of two `power_spectrum`s: below 1 is blurred."""
+    """Power above half of Nyquist's frequency, over a reference's: below 1 is blurred, and above 1 may be noise."""
     first = (len(spectrum) - 1) // 2 + 1
     return (spectrum[first:].sum() / reference[first:].sum()).item()
 
@@ -382,9 +381,11 @@ def judge_run(out, count, seed, device, quick=False):
     """The table of a run on small images: a row for data, teacher, TD and every student that is there; the pictures."""
     teacher, config = load_net(out / "teacher.pt", "run meanflow_td.py with the same --data and --out first", device)
     source, _ = open_data(config["data"], config["data_dir"], size=config["shape"][1], device=device)
-    students = []
+    students = {}  # one for a name, a seed and a number of updates: budgets/ may hold what is there in whole
     for pattern in ("meanflow.pt", "td.pt", "*-seed*.pt", "budgets/*.pt"):
-        students += [(path.stem.split("-seed")[0], *load_net(path, "", device)) for path in sorted(out.glob(pattern))]
+        for path in sorted(out.glob(pattern)):
+            student, made = load_net(path, "", device)
+            students.setdefault((path.stem.split("-seed")[0], made["seed"], made["steps"]), (student, made))
     draw, held_out, other, other_y = small_data(config, source, count, seed)
     classifier = train_classifier(out / "classifier.pt", draw, source.shape, source.classes, 60 if quick else 400)
     judge, rows, pictures, spectra = Judge(classifier, held_out), [], {}, []
@@ -406,18 +407,18 @@ def judge_run(out, count, seed, device, quick=False):
     for w in (1.0,) if quick else (1.0, 1.25, 1.5, 2.0):  # 1 is none
         teacher.w = w
         add_samples(f"teacher, Heun, w = {w}", partial(sample_ode, teacher, steps=25), nfe=50, w=w)
-    for name, student, made in students:
+    for (name, seed, updates), (student, made) in students.items():
         for calls in range(1, made.get("student_steps", 1) + 1):
             add_samples(name + ", 2 calls" * (calls - 1), partial(sample, student, steps=calls), nfe=calls,
-                        seed=made["seed"], updates=made["steps"])  # fmt: skip
-    print(f"{count:,} images a row, {len(held_out):,} of data to compare with")
+                        seed=seed, updates=updates)  # fmt: skip
     data.report(out / "results.json", rows, ("updates", "nfe"), [*MEASURES, "class_accuracy"])
     compare(rows)
     plot_variants(out / "curves.png", rows)
     data.plot_curves(out / "spectrum.png", spectra, "cycles", {"power": ("power, over data's", "linear")},
-                {what: dict(marker="o", ms=3) for what in pictures}, "Detail: power by cycles per image")  # fmt: skip
+                     {what: dict(marker="o", ms=3) for what in pictures}, "Power by cycles per image")  # fmt: skip
     save_grid(out / "grid.png", torch.cat(list(pictures.values())), columns=20)
-    print(f"In {out}: results.json, curves.png, spectrum.png, and grid.png, a row for each of: {'; '.join(pictures)}.")
+    print(f"{count:,} images a row, compared with {len(held_out):,}. In {out}: results.json, curves.png, spectrum.png, "
+          f"and grid.png, a row for each of: {'; '.join(pictures)}.")  # fmt: skip
 
 
 def compare(rows):
@@ -444,7 +445,7 @@ def plot_variants(path, rows):
         curves[what] = dict(color=COLOURS[pooling], ls="-" if init == "td" else "--", marker="o", ms=4,
                             label=f"{what}: from {init}, discriminator {pooling}")  # fmt: skip
     data.plot_curves(path, rows, "updates", MEASURES, curves, "Students of one call against the updates of stage 2. "
-                "The earlier marks of a curve are the same trainings on their way")  # fmt: skip
+                     "The earlier marks of a curve are the same trainings on their way")  # fmt: skip
 
 
 # --- Samples as PNG files, and what one costs ------------------------------------------------------------------------
@@ -482,7 +483,7 @@ def write_samples(*, out, count, checkpoint, teacher, vae, sampler, steps, class
     about = dict(of=str(checkpoint or teacher), vae=str(vae), sampler=sampler, steps=steps, classes=classes,
                  w=net.w, seed=seed, batch=batch)  # fmt: skip
     if note.exists() or list(out.glob("*.png")):
-        check_made(out, json.loads(note.read_text()) if note.exists() else {}, about)
+        check_made(out, json.loads(note.read_text()) if note.exists() else {"of": "unknown images"}, about)
     data.write_json(note, about)
     for start in progress(range(0, count, batch), f"batches of {batch}"):
         paths = [out / f"{i:06d}.png" for i in range(start, min(start + batch, count))]

@@ -63,7 +63,7 @@ def draw_times(batch, generator, *, share_spans=0.75, share_to_data=0.3):
     r, t = torch.rand(batch, 2, generator=generator, device=generator.device).sort(dim=1).values.unbind(1)
     to_data = torch.rand(batch, generator=generator, device=generator.device) < share_to_data
     r = torch.where(to_data, 0.0, r)
-    spans = torch.arange(batch, device=generator.device) < math.ceil(batch * share_spans)
+    spans = torch.arange(batch, device=generator.device) < int(batch * share_spans)
     return torch.where(spans, r, t), t
 
 
@@ -113,7 +113,7 @@ def flow_matching_loss(v_theta, x_t, v, *, t, y=None):
 
 
 def equal_steps(eps, steps):
-    """[(t, r), ...]: where each of `steps` equal steps from t = 1 to 0 starts and ends, (B,) each. ValueError: none."""
+    """[(t, r), ...]: where each of `steps` equal steps from t = 1 to 0 starts and ends, (B,) each. ValueError: < 1."""
     if steps < 1:
         raise ValueError(f"sampling takes at least 1 step, not {steps}")
     return [[eps.new_full((len(eps),), 1 - i / steps) for i in (k, k + 1)] for k in range(steps)]
@@ -362,6 +362,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = join(args.device)
     preset = settings(PRESETS, QUICK, **vars(args))
+    if int(preset["part"] * preset["share_spans"]) < 1:
+        raise BadInput(f"a part of {preset['part']} rows has none with r < t: give a larger --batch, or fewer --parts")
     out = args.out or Path("runs", args.data + "-quick" * args.quick)
     source, teacher = open_data(args.data, args.data_dir, size=args.size, device=device, teacher=args.teacher,
                                 vae=args.vae, cache=args.cache)  # fmt: skip
@@ -390,7 +392,7 @@ def main(argv=None):
     train(out / f"{name}.pt", student, loss, steps=preset["steps"], **preset["stage_1"], **common, config=about,
           look=partial(look, name, sample))  # fmt: skip
     if rank() == 0:
-        print(f"In {out}: {name}.pt, its csv, grids in samples/. Next: dmd_refine.py with the same --data, --out, --w")
+        print(f"In {out}: {name}.pt, its csv, grids in samples/. Next: dmd_refine.py, the same --data, --out, --w")
 
 
 if __name__ == "__main__":

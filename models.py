@@ -161,7 +161,7 @@ class VelocityMLP(nn.Module):
 
 
 def chain(**layers):
-    """Layers one after the other, each under the name that its weights have in the published files."""
+    """Layers under the names that they have in the published files; where it is called, one after the other."""
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -692,7 +692,7 @@ def load_weights(build, name):
     """build(state), frozen, with the weights `state`, {name: tensor}, of `weights_path(name)`, which need exactly its
     names and shapes. In the file they may lie under "ema", "model" or "state_dict". BadInput: another net's."""
     path = weights_path(name)
-    with blame(f"{path} holds no weights", "fetch it again, or name another file of nothing but tensors"):
+    with blame(f"{path} holds no weights", "remove it, so that it is fetched again, or name another file"):
         with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's and SiT's own scripts save one along
             state = torch.load(path, map_location="cpu", weights_only=True)
         state = dict(next((state[key] for key in ("ema", "model", "state_dict") if key in state), state))

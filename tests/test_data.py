@@ -114,7 +114,7 @@ def test_upright_turns_an_image_as_its_exif_says(tmp_path):
 def test_a_damaged_image_is_named(tmp_path, end, keep):
     Image.fromarray(picture(40, 40)).save(tmp_path / f"a.{end}")
     (tmp_path / f"a.{end}").write_bytes((tmp_path / f"a.{end}").read_bytes()[:keep])
-    with pytest.raises(BadInput, match=f"a.{end} can't be read as an image .*: repair or remove it"):
+    with pytest.raises(BadInput, match=f"a.{end} can't be read as an image .*: repair or replace it"):
         data.ImageFolder(tmp_path, 16, pattern="*")[0]
 
 

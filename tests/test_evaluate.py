@@ -236,7 +236,7 @@ def test_every_kind_of_reference(room, score):
     ("images", "nan.npz", ["nan.npz", "--reference"]), ("images", "cut.npz", ["cut.npz", "name another"]),
     ("pickled.npz", "other", ["pickled.npz", "name another"]), ("floats.npz", "other", ["float64", "uint8"]),
     ("flat.npz", "other", ["flat.npz", "(16, 16, 3)"]), ("few", "other", ["few holds 3", "at least 4"]),
-    ("mixed", "other", ["one size", "15"]), ("damaged", "other", ["0007.png", "repair or remove"])])  # fmt: skip
+    ("mixed", "other", ["one size", "15"]), ("damaged", "other", ["0007.png", "repair or replace"])])  # fmt: skip
 def test_what_can_not_be_scored_gets_one_sentence(score, images, reference, said):
     with pytest.raises(data.BadInput) as error:
         score(images, reference)

@@ -235,7 +235,7 @@ BAD = {  # script, flags, what is done to the run folder before, what the senten
     "no folder": (TD, ["--data", "folder"], None, ["None holds no images", "--data-dir"]),
     "absent": (TD, ["--data", "folder", "--data-dir", "absent"], None, ["absent holds no images", "--data-dir"]),
     "flat": (TD, ["--data", "folder", "--data-dir", "flat"], None, ["flat holds no images", "--data-dir"]),
-    "truncated image": (TD, ["--data", "folder", "--data-dir", "cut"], None, ["0.png can't be read", "remove it"]),
+    "truncated image": (TD, ["--data", "folder", "--data-dir", "cut"], None, ["0.png can't be read", "replace it"]),
     "unknown data": (TD, ["--data", "cifar"], None, ["'cifar'", "glyphs"]),
     "guidance": (TD, ["--w", "0"], None, ["--w 0", "1 is none"]),
     "parts": (TD, ["--batch", "5", "--parts", "2"], None, ["batch of 5", "2 parts", "change --batch or --parts"]),
