@@ -557,9 +557,8 @@ def main(argv=None):
         write_samples(**vars(args) | {"out": args.out or Path("runs/samples"), "device": device})
     elif args.images and (args.reference or args.save_npz):
         if args.save_npz:
-            images = open_images(args.images)
-            np.savez(args.save_npz, arr_0=np.stack([images[i] for i in progress(range(len(images)), "reading")]))
-            print(f"{args.save_npz}: {len(images):,} images of {args.images}, not resized.")
+            np.savez(args.save_npz, arr_0=np.stack(list(progress(open_images(args.images), "reading"))))
+            print(f"{args.save_npz}: the images of {args.images}, not resized.")
         if args.reference:
             for name, value in score(args.images, args.reference, resize=args.resize, device=device).items():
                 print(f"{name:>12}  {value:.4f}" if isinstance(value, float) else f"{name:>12}  {value}")
