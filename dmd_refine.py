@@ -141,7 +141,7 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_
 RATES = {"student": 3e-3, "fake": 2e-3, "discriminator": 1e-3}  # OURS: peaks of the learning rates, found in 2D
 
 
-def refine(path, student, teacher, fake, discriminator, draw, *, steps, lr=RATES, seed=0, taps=(), lambda_adv=0.03,
+def refine(path, student, teacher, fake, discriminator, draw, *, steps, lr=RATES, seed=0, taps=(), lambda_adv=0.05,
            fake_updates=2, make=generate, ema_decay=0.999, config=None, look=None, look_every=500, **how):  # fmt: skip
     """Train the student by L_G, with its two helpers; return its average network (EMA), frozen.
 
