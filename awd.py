@@ -78,7 +78,7 @@ class AdaptiveWeightedDiscriminator(nn.Module):
         training mode torch would do so with every forward pass, and a batch in parts would give other weights."""
         self.train()
         for head in self.heads:
-            _ = head.values.weight, head.hidden.weight, head.logit.weight  # reading a weight is the step
+            _ = head.values.weight, head.hidden.weight, head.logit.weight  # reading one in training mode is the step
         self.eval()
 
     def forward(self, features):

@@ -2,9 +2,9 @@
 
 Stage 1 maps each noise point to the teacher's own sample of it. A small network can't do this for all points. This
 stage drops it: WHICH sample a noise point becomes no longer matters, only that all samples together have the teacher's
-distribution. For that, minimise KL(student || teacher) = E[log p_student - log p_teacher] on noised samples. As a
-sample moves, it changes by the difference of the two scores (Yin et al., arXiv 2311.18828); that the student changes
-log p_student too averages to 0.
+distribution. For that, minimise KL(student || teacher) = E[log p_student - log p_teacher] on noised samples. When a
+sample moves, the KL changes by the difference of the two scores (Yin et al., arXiv 2311.18828); log p_student itself
+changes with the student too, but on average by 0.
 
     x_gen = eps - u(eps, 0, 1)                        the student's sample, one call
     x_t   = (1 - t) x_gen + t noise                   t in [0.02, 0.98]
@@ -67,9 +67,8 @@ def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake, normalize=True):
     Not normalised (normalize=False, for a test), multiplied by (1 - t)^2/t^2 and averaged over the noise, this is the
     exact gradient of KL(p_gen,t || p_real,t) by x_gen, if both velocities are exact: a score is
     -(x_t - (1 - t) x0_guess)/t^2, and x_t moves by 1 - t as x_gen moves by 1. The normaliser gives all noise levels
-    about the same weight instead. PRIOR: the normaliser of DMD (arXiv 2311.18828, eq. 8), whose other factor, 1 - t,
-    DMD2's code leaves out, as we do.
-    """
+    about the same weight instead. PRIOR: the normaliser of DMD (arXiv 2311.18828, eq. 8). DMD also multiplies by 1 - t;
+    DMD2's code and we do not."""
     x0_real = x0_from_velocity(x_t, t, v_real)
     x0_fake = x0_from_velocity(x_t, t, v_fake)
     grad = x0_fake - x0_real
@@ -114,8 +113,7 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_
     """L_G = L_DMD + lambda_adv L_adv for samples x_gen (B, ...) with their graph. discriminator None: L_DMD alone.
 
     Logs the mean norm of DMD's `grad` over the samples, the mean and spread of x_gen, and how hard each term pulls at
-    x_gen: pull_dmd and pull_adv are the norms of their gradients on it, the second with lambda_adv.
-    """
+    x_gen: pull_dmd and pull_adv are the norms of their gradients on it, the second with lambda_adv."""
     x_t, _, t = noised(x_gen, generator, T_DMD)
     with torch.no_grad():
         v_real, v_fake = teacher(x_t, t=t, y=y), fake(x_t, t=t, y=y)
@@ -124,19 +122,19 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_
            "gen_mean": x_gen.mean(), "gen_std": x_gen.std()}  # fmt: skip
     loss = dmd_loss(x_gen, grad)  # its gradient on x_gen has the norm pull_dmd
     if discriminator is not None:
-        x = x_gen.detach().requires_grad_()  # the graph is cut here, to see how hard the term pulls
+        # The pull of this term is computed up to x_gen, logged, then handed to the student by a term of value 0.
+        x = x_gen.detach().requires_grad_()
         x_t, _, t = noised(x, generator, T_ADV)
         features = teacher.features(x_t, t=t, y=y, taps=taps)
         with autocast_off(x):
             adv = lambda_adv * generator_hinge(discriminator(features))
             pull = torch.autograd.grad(adv, x)[0]
         log["pull_adv"] = pull.norm()
-        loss = loss + adv.detach() + ((x_gen - x.detach()) * pull).sum()  # the last term is 0, and its gradient `pull`
+        loss = loss + adv.detach() + ((x_gen - x.detach()) * pull).sum()
     return loss, log
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
-
 
 RATES = {"student": 3e-3, "fake": 2e-3, "discriminator": 1e-3}  # OURS: peaks of the learning rates, found in 2D
 
@@ -150,8 +148,7 @@ def refine(path, student, teacher, fake, discriminator, draw, *, steps, lr=RATES
     it, which is trained; unguided, since the student's samples have the guidance in them. discriminator: an
     awd.AdaptiveWeightedDiscriminator for the layers `taps` of the teacher, or None.
     draw(generator) -> x_data (B, ...), y (B,) or None. make(student, eps, y) -> x_gen. fake_updates: for each of the
-    student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2, since small networks learn fast).
-    """
+    student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2, since small networks learn fast)."""
     players = {"student": student, "fake": fake} | ({"discriminator": discriminator} if discriminator else {})
     # PRIOR: no momentum between players that chase each other (Brock et al., arXiv 1809.11096)
     optimizers = {f"{name} optimizer": torch.optim.Adam(net.parameters(), betas=(0.0, 0.99), fused=True)
@@ -159,7 +156,7 @@ def refine(path, student, teacher, fake, discriminator, draw, *, steps, lr=RATES
     ema = copy.deepcopy(student).requires_grad_(False)
 
     def loss_of(name, generator):
-        """The loss of one player. x_gen has a graph if the student is to learn, and none if `move` has frozen it."""
+        """The loss of one player. x_gen has a graph if the student is to learn; else `move` has frozen the student."""
         x_data, y = draw(generator)
         x_gen = make(student, torch.randn(x_data.shape, generator=generator, device=x_data.device), y)
         if name == "fake":
@@ -169,7 +166,7 @@ def refine(path, student, teacher, fake, discriminator, draw, *, steps, lr=RATES
         return generator_loss(teacher, fake, discriminator, x_gen, y, generator, lambda_adv=lambda_adv, taps=taps)
 
     def move(name, k, again=0):
-        """One update of one player. Gradients may flow through the other networks, but not into them."""
+        """One update of one player, the `again`-th in a step. Gradients flow through other networks, not into them."""
         for other, net in players.items():
             net.requires_grad_(other == name)
         return update(players[name], optimizers[f"{name} optimizer"], partial(loss_of, name),
@@ -229,8 +226,7 @@ def panels(student, teacher, fake, discriminator, eps, y, *, taps, decode, t=0.5
     """What stage 2 sees of ten samples, row by row (rows * 10, C, H, W): x_gen; x0_real and x0_fake at its noised x_t;
     the gradient, scaled to be seen. Where x0_real and x0_fake look the same, the student has nothing more to learn, or
     the fake branch has not followed. Then for each tapped layer where the discriminator looks: grey is a token with an
-    even share of the weight, black one with none, white one with twice its share or more.
-    """
+    even share of the weight, black one with none, white one with twice its share or more."""
     eps, y = eps[:: len(eps) // 10][:10], y[:: len(y) // 10][:10]
     x_gen, times = generate(student, eps, y), eps.new_full((len(eps),), t)
     x_t = add_noise(x_gen, eps.flip(0), times)
@@ -274,8 +270,7 @@ def probe(path, draw, student, teacher, build, *, taps, levels, images, updates)
 
     Data from the samples of a fixed student, and clean data from data with one blurred patch, at each noise level t.
     build(pooling) -> a discriminator. path: of the picture; the AUC (area under the ROC curve: 0.5 is a guess, 1 is
-    always right) is of the last quarter of the images, which were not trained on.
-    """
+    always right) is of the last quarter of the images, which were not trained on."""
     x_data, y = draw(images, rng(0, "probe", device=next(student.parameters()).device))
     x_gen = torch.cat([sample(student, torch.randn(part.shape, generator=rng(0, "probe", k)).to(part), labels)
                        for k, (part, labels) in enumerate(zip(x_data.split(250), y.split(250)))])  # fmt: skip

@@ -51,10 +51,8 @@ from models import (DiT, DiTTeacher, SiTTeacher, Velocity, add_noise, autocast_o
 
 def draw_times(batch, generator, *, share_spans=0.75, share_to_data=0.3):
     """Times r <= t, each (batch,): the first share_spans of the rows span r < t, the others have r = t.
-
     The spans alone need du/dt; the others tie u to the teacher's velocity, which the identity starts from. Of the
-    spans, share_to_data reach down to r = 0, as every one-step sample does.
-    """
+    spans, share_to_data reach down to r = 0, as every one-step sample does."""
     # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447), and 25 % of spans, as our ImageNet
     # preset. We draw both uniformly and sort them: t, the larger one, is near 1 more often than near 0. A one-step
     # sample starts at t = 1 and ends at r = 0, which logit-normal times all but never reach.
@@ -79,7 +77,7 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
     if len(rows):
         u_labelled = with_labels(u_theta, None if y is None else y[rows])
         with torch.no_grad(), forward_ad.dual_level():  # room for tangents; the target needs no graph
-            # du/dt = v . grad_x u + d_t u : the tangents are (v, 1) for (x, t); r is constant along the path
+            # du/dt = v . grad_x u + d_t u : the tangents are (v, 1) for (x, t); that of r is 0, so r stays plain
             x_dual = forward_ad.make_dual(x_t[rows].detach(), v[rows].detach())
             t_dual = forward_ad.make_dual(t[rows], torch.ones_like(t[rows]))
             with autocast_off(v):  # bf16 would make du/dt wrong by a percent
@@ -91,12 +89,11 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
 
 def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2):
     """MeanFlow's loss: the student's squared distance from u_target, adaptively weighted (arXiv 2505.13447, Sec. 4).
-
-    Arguments as in `meanflow_target`. Returns the scalar loss and err (B,), the raw squared error summed over all but
-    the first dimension: watch err, for at p = 1 the weighted loss is about 1 as long as err is far above c.
+    Arguments as in `meanflow_target`. Returns the scalar loss and err (B,), the raw squared error, a sum for each row.
+    Watch err: at p = 1 the weighted loss is about 1 as long as err is far above c.
     p, c: the weight 1/(err + c)^p, without gradient. PRIOR: p = 1, c = 1e-2 (MeanFlow's official code). p = 1 has the
-    gradient of log(err + c): with a noisy target it fits the mode, not the mean, so teacher and fake branch have none.
-    """
+    gradient of log(err + c), in which far targets count little: noisy ones are fitted at their mode, not their mean, so
+    teacher and fake branch have no such weight."""
     u_target, _ = meanflow_target(u_theta, x_t, v, r=r, t=t, y=y)
     err = (with_labels(u_theta, y)(x_t, t=t, r=r) - u_target).square().flatten(1).sum(dim=1)  # (B,)
     return (err * (err.detach() + c) ** -p).mean(), err
@@ -189,17 +186,15 @@ def learning_rate(step, steps, peak, warmup=100):
 
 def update(net, optimizer, loss_of, *, lr, words, parts=1, clip=20.0, amp=False):
     """Move one network by the mean of loss_of(generator) -> (loss, log) over the parts of a batch. -> log of a part
-
-    Part k is drawn from rng(*words, k), seeded by the words (data.py). One process takes the parts in turn, which saves
-    memory; several, started by torchrun, take every ranks-th part each. On a first reading, take parts for 1.
-    clip: the gradient's greatest norm. amp: matrix products in bf16; times, du/dt, target and loss stay in fp32.
-    """
+    Part k is drawn from rng(*words, k), whose seed is a hash of, say, (0, "td", step, k). One process takes the parts
+    in turn, which saves memory; of several (torchrun), each takes every ranks-th. On a first reading, take parts for 1.
+    clip: the gradient's greatest norm. amp: matrix products in bf16; times, du/dt, target and loss stay in fp32."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
     device = next(net.parameters()).device
     for k in range(rank(), parts, ranks()):
-        # no cache: autocast would reuse weights that it cast without a graph in a pass that needs one
+        # bf16 alone, no cache: autocast would reuse weights that it cast without a graph in a pass that needs one
         with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):
             loss, log = loss_of(rng(*words, k, device=device))
         (loss / parts).backward()
@@ -217,19 +212,17 @@ def update_ema(ema, net, step, decay=0.999):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), weight)
 
 
-# OURS: stage 1 has no momentum. With the student's error e = u_theta - u, u_target - u_theta = -(e + (t - r) de/dt).
-# The second term turns e instead of shrinking it, and momentum repeats directions that are out of date.
+# OURS: stage 1 has no momentum. If the student errs by e, u_theta = u + e, the target is u - (t - r) de/dt, so a step
+# goes along -(e + (t - r) de/dt). The second part rotates e, and momentum repeats directions that are out of date.
 NO_MOMENTUM = 0.0, 0.99  # Adam's betas; 0.99 is a memory of 100 updates
 
 
 def train(path, net, loss_of, *, steps, lr, seed=0, betas=(0.9, 0.99), ema_decay=0.999, config=None, look=None,
           look_every=500, **how):  # fmt: skip
     """Train `net` by loss_of(net, generator) -> (loss, log); return its average network (EMA), frozen.
-
     path: the stage's file. The loop is in `data.go_on`, which calls one_step(k) for each k, saves and resumes. lr: the
     peak of Adam's rate. betas: Adam's. config: what the file says of its making, besides these. look(ema, n): draws a
-    picture after n updates, every look_every. how: clip, parts and amp of `update`.
-    """
+    picture after n updates, every look_every. how: clip, parts and amp of `update`."""
     optimizer = torch.optim.Adam(net.parameters(), betas=betas, fused=True)
     ema = copy.deepcopy(net).requires_grad_(False)
 
@@ -254,16 +247,14 @@ GLYPHS = dict(batch=64, share_spans=0.75, network=dict(patch_size=4, hidden_size
               teacher_steps=16_000, stage_0=dict(lr=3e-3, clip=300.0),
               steps=3000, stage_1=dict(lr=1e-3, betas=NO_MOMENTUM, clip=50.0))  # fmt: skip
 # PRIOR: batch, lr, betas, ema_decay and a quarter of spans are MeanFlow's for ImageNet (arXiv 2505.13447, official
-# code); w = 1.5 on 3 of 4 channels is the guidance behind the published FIDs of both teachers (arXiv 2212.09748).
-# OURS: steps (20 epochs, never run), clip.
+# code); w = 1.5 on 3 of 4 channels is behind the published FIDs of both teachers. OURS: steps (never run), clip.
 IMAGENET = dict(batch=256, share_spans=0.25,
                 steps=100_000, stage_1=dict(lr=1e-4, betas=(0.9, 0.95), clip=1.0, ema_decay=0.9999))  # fmt: skip
 PRESETS = {"glyphs": GLYPHS, "folder": GLYPHS, "imagenet": IMAGENET}
 TINY = dict(batch=32, teacher_steps=60, steps=30, network=dict(patch_size=4, hidden_size=32, depth=2, num_heads=2))
 QUICK = {"glyphs": TINY, "folder": TINY, "imagenet": dict(batch=4, share_spans=0.5, steps=3)}
 
-# What is diffused, images or latents of images. draw(batch, generator) -> x_0 (batch, *shape), y (batch,) below
-# `classes`. decode(x_0) -> images (batch, C, H, W) in about [-1, 1].
+# draw(batch, generator) -> x_0 (batch, *shape), y (batch,) < classes. decode(x_0) -> images in about [-1, 1]
 Source = namedtuple("Source", "draw shape classes decode")
 
 

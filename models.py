@@ -76,8 +76,8 @@ def autocast_off(x):
 #
 # du/dt is one pass of dual numbers: a tensor x goes through the network together with its tangent dx, a direction, and
 # f turns the pair (x, dx) into (f(x), J dx), J being its Jacobian. make_dual joins a pair, unpack_dual parts it. Torch
-# has a rule for each operation, but three do more than they need to. `Linear` here and `symmetric` below answer the
-# same, and the pass costs 2.4 passes without a tangent, not 3.2 (33 M parameters, 256 tokens, one core).
+# has a rule for each operation, but is wasteful for linear layers, softmax and LayerNorm. `Linear` and, for images,
+# `symmetric` give the same in a pass that costs 2.4 plain ones, not 3.2 (33 M parameters, 256 tokens, one core).
 
 
 class Linear(nn.Linear):
@@ -114,7 +114,7 @@ class VelocityMLP(nn.Module):
         time_features = 1 + 2 * len(self.time_frequencies)
         self.embed_x = Linear(dim * (1 + 2 * len(self.space_frequencies)), width)
         self.embed_t = Linear(time_features, width)
-        if two_times:  # starts at zero, so that a student with its teacher's weights would be its teacher
+        if two_times:  # starts at zero, as image students do
             self.embed_span = Linear(time_features, width, bias=False)
             nn.init.zeros_(self.embed_span.weight)
         self.hidden = nn.ModuleList(Linear(width, width) for _ in range(depth))
@@ -127,7 +127,7 @@ class VelocityMLP(nn.Module):
         time = self.embed_t(sinusoids(t[:, None], self.time_frequencies))  # (B, width)
         if self.two_times:
             # OURS: minus the features of no span, so that at r = t this part is silent and the network is a velocity
-            # field. Left in, their cosines of 1 act as a second bias, and a student ends twice as far from the data.
+            # field. Left in, their cosines, all 1, act as a second bias, and a student ends twice as far from the data.
             span = sinusoids((t - r)[:, None], self.time_frequencies)
             none = sinusoids(torch.zeros_like(t)[:, None], self.time_frequencies)
             time = time + self.embed_span(span - none)
@@ -269,8 +269,7 @@ class DiT(nn.Module):
     OURS: the student's second time enters as t - r, like MeanFlow's (arXiv 2505.13447), and the LAST layer of its
     embedder starts at zero. A student that takes all other weights from its teacher therefore starts as its teacher.
     DIFFERS: the official code drops labels inside the network; here the training loop passes y = num_classes. Its
-    pos_embed is a Parameter, ours a buffer: requires_grad_(True) on a copy of a frozen teacher must not free it.
-    """
+    pos_embed is a Parameter, ours a buffer: requires_grad_(True) on a copy of a frozen teacher must not free it."""
 
     checkpointing = compiling = False  # of all nets: less memory, less time, see `run`
 
@@ -423,8 +422,7 @@ class SiTTeacher(Velocity):
         here   x = (1 - t) x_0 + t eps      v     = eps - x_0      t = 0 data,  t = 1 noise
 
     Exchanging t and 1 - t makes the paths equal; the velocity, a derivative by t, changes its sign:
-        v(x_t, t) = -v_SiT(x_t, 1 - t)      u(x_t, r, t) = -u_SiT(x_t, 1 - r, 1 - t)
-    """
+        v(x_t, t) = -v_SiT(x_t, 1 - t)      u(x_t, r, t) = -u_SiT(x_t, 1 - r, 1 - t)"""
 
     def to_net(self, x_t, t, r=None):
         return x_t, 1 - t, None if r is None else 1 - r
@@ -457,8 +455,7 @@ class DiTTeacher(Velocity):
       1 rad in one step, where a SiT's turns by 1 rad in all of [0, 1]. And du/dt jumps at every step.
     - Near t = 1 the divisor amplifies errors 158 times, and one-step samples start there. So the net runs outside
       autocast, and the rest is done in float32 at least.
-    - Beyond the ends t is clamped, so du/dt has no d_t u there: draw the times of training in `times`.
-    """
+    - Beyond the ends t is clamped, so du/dt has no d_t u there: draw the times of training in `times`."""
 
     def __init__(self, net):
         super().__init__(net)
@@ -508,8 +505,7 @@ class DiTTeacher(Velocity):
             mean    = (beta sqrt(a') x0_hat + (1 - a') sqrt(a / a') x) / (1 - a)            arXiv 2006.11239, eq. 7
             log var = f log beta + (1 - f) log(beta (1 - a') / (1 - a)), f = (out + 1) / 2  arXiv 2102.09672, eq. 15
         PRIOR: the official code guides eps_hat alone, and takes the conditional row's f. At the last step a' = 1, and
-        the second logarithm would be infinite: that of the next step up stands in its place.
-        """
+        the second logarithm would be infinite: that of the next step up stands in its place."""
         ks, alpha_bar = self.respaced(steps)
         table, channels = [1.0, *alpha_bar.tolist()], x.shape[1]
         k = torch.full((len(x),), float(ks[i]), device=x.device)
@@ -547,8 +543,7 @@ def sample_sde(velocity, eps, y=None, steps=250, *, generator):
     The SDE has the densities p_t of the ODE, for any g(t) >= 0, and runs from t = 1 down to 0 (score = -eps_hat / t):
         dx = (v - g/2 score) dt + sqrt(g) dW          with g = 2 t:   dx = (v + eps_hat) dt + sqrt(2 t) dW
     PRIOR: SiT's published code has g = 2 t ("sigma") and 250 steps. All but the last are equal and end at t = 0.04. The
-    last goes to 0 without noise, and its error does not shrink with more steps.
-    """
+    last goes to 0 without noise, and its error does not shrink with more steps."""
     if steps < 2:
         raise ValueError(f"the SDE sampler takes at least 2 steps, not {steps}")
     velocity, x, last = with_labels(velocity, y), eps, 0.04

@@ -35,9 +35,10 @@ from dmd_refine import refine
 from meanflow_td import NO_MOMENTUM, meanflow_target, new_network, sample, sample_ode, student_loss, teacher_loss, train
 from models import VelocityMLP, add_noise, expand_times
 
-DEPTH, TEACHER_WIDTH, TAPS = 3, 96, (0, 1, 2)  # hidden layers of all networks; those that the discriminator reads
+DEPTH, TEACHER_WIDTH, TAPS = 3, 96, (0, 1, 2)  # hidden layers of all networks; TAPS: read by the discriminator
 HD_WIDTH, WIDTHS = 48, (168, 88, 48, 30, 18)  # of students: 92,570 to 1,820 parameters; HD has 9,170
-# A run is one of these two, with what to draw ("data") and where to write ("out").
+# A run is one of these two, with what to draw ("data") and where to write ("out"). More constants stand at the end:
+# DENSITIES; MARKS, the updates at which pictures look; WATCHED, the trainings that they look at; MEASURES, their axes.
 DEFAULT = dict(teacher_steps=6000, td_steps=1900, refine_steps=1900, samples=50_000, ode_steps=32)
 QUICK = dict(teacher_steps=150, td_steps=80, refine_steps=80, samples=2000, ode_steps=8)
 
@@ -65,7 +66,7 @@ def draw(data, batch, generator):
 
 
 # --- How good is a sample? -------------------------------------------------------------------------------------------
-LAST = 99_999  # stands for the end of a training, however many updates it has
+LAST = 99_999  # in the name of a file, the end of a training, however many updates it has
 
 
 def sorted_projections(x, count=128):
@@ -209,7 +210,7 @@ def story(run, seeds):
     report(out / "start.json", marks, FACTS, two)
     plot_curves(out / "start.png", marks + [row for row in rows if row["name"] == "dmd"], "updates", two, START,
                 "Does the start matter? DMD alone from three starts, against the updates of stage 2")  # fmt: skip
-    colours = reference(run["data"], run["samples"])[0][:POINTS, 1].argsort().argsort()  # how high a noise point lies
+    colours = reference(run["data"], run["samples"])[0][:POINTS, 1].argsort().argsort()  # noise points' ranks by height
     plot_story(out / "story.png", run, rows, colours)
     animate(out / "toy.gif", run, colours[:SHOWN])
 
