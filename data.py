@@ -206,7 +206,7 @@ def plot_curves(path, rows, x, measures, curves, title):
         axis.set_xticks([], minor=True)
         axis.set_xticks(ticks, [f"{at:,}" for at in ticks], rotation=45, fontsize=8)
     handles = axes[0, -1].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=2 + len(measures), fontsize=9)
+    figure.legend(*handles, loc="outside lower center", ncols=1 + len(measures), fontsize=9)
     figure.suptitle(title)
     figure.savefig(path)
 
