@@ -115,8 +115,8 @@ def load(path, hint):
 
 
 def check_made(path, was, now):
-    """BadInput unless `was`, the dict that says how `path` was made, agrees with the dict `now`."""
-    for key, value in json.loads(json.dumps(now)).items():  # as it is read back: tuples become lists
+    """BadInput unless `was`, the dict that says how `path` was made, agrees with the dict `now`; no tuples in them."""
+    for key, value in now.items():
         if was.get(key) != value:
             raise BadInput(f"{path} was made with {key} = {was.get(key)!s:.99}, not {value!s:.99}: give the same "
                            "flags, or name another folder (--out, --cache)")  # fmt: skip
@@ -158,7 +158,6 @@ def go_on(path, parts, one_step, *, steps, config, look=None, look_every=500, ev
 
 
 # --- Results: rows, which are dicts of "what" was run, its "seed", other facts, and measures --------------------------
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#888888"  # told apart by all eyes
 
 
 def over_seeds(rows, facts, measures):

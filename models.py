@@ -126,8 +126,7 @@ class VelocityMLP(nn.Module):
             raise ValueError("a network of two times needs r=" if self.two_times else "r= needs a network of two times")
         time = self.embed_t(sinusoids(t[:, None], self.time_frequencies))  # (B, width)
         if self.two_times:
-            # OURS: minus the features of no span, so that at r = t this part is silent and the network is a velocity
-            # field. Left in, their cosines, all 1, act as a second bias, and a student ends twice as far from the data.
+            # OURS: minus the features of no span, whose cosines are all 1, so that at r = t this part is silent
             span = sinusoids((t - r)[:, None], self.time_frequencies)
             none = sinusoids(torch.zeros_like(t)[:, None], self.time_frequencies)
             time = time + self.embed_span(span - none)

@@ -30,7 +30,7 @@ import torch
 from matplotlib.animation import PillowWriter
 
 from awd import AdaptiveWeightedDiscriminator
-from data import BLUE, GREEN, GREY, ORANGE, PINK, in_processes, load, new_figure, plot_curves, report, rng, save
+from data import in_processes, load, new_figure, plot_curves, report, rng, save
 from dmd_refine import refine
 from meanflow_td import NO_MOMENTUM, meanflow_target, new_network, sample, sample_ode, student_loss, teacher_loss, train
 from models import VelocityMLP, add_noise, expand_times
@@ -318,6 +318,7 @@ DENSITIES = {"checkerboard": (checkerboard, square_of, 8),  # how to draw it, wh
 WATCHED = ("td-start", "hd", "dmd-awd", "td-dmd", "dmd-short", "dmd-far")
 MARKS = (25, 50, 100, 150, 200, 400, 800, 1900)
 POINTS, SHOWN = 5000, 2000  # samples in a picture, and in the moving one
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#888888"  # told apart by all eyes
 MEASURES = {"replay_error": ("replay error\n(squared distance to the teacher's sample)", "log"),
             "sliced_w2": ("sliced Wasserstein-2 to the data", "log"),
             "share_inside": ("share of samples inside the support", "linear")}  # fmt: skip

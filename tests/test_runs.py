@@ -287,7 +287,7 @@ def test_bad_input_gets_one_sentence_and_changes_nothing(made, tmp_path, monkeyp
     before = files(tmp_path)
     stages = ["--teacher-steps", 3, "--steps", 3] if module is meanflow_td else ["--steps", 3]
     said = refusal(module, "--quick", *stages, *flags)
-    assert all(part in said for part in expected), said
+    assert all(part in said for part in expected) and "weights_only" not in said, said  # torch says how to trust code
     assert files(tmp_path) == before and not (tmp_path / "believed").exists()
 
 
