@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
+
+# Which of torchrun's processes this is, and how many there are. Part k of a batch belongs to rank k % RANKS.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class BadInput(SystemExit):
@@ -34,9 +37,8 @@ def blame(what, remedy):
     try:
         yield
     except Exception as error:  # neither torch nor numpy nor Pillow has one type for all of them
-        said = str(error).split("Weights only")[0].split()  # what torch says next is how to load it unsafely
-        why = f"{type(error).__name__}: {' '.join(said):.200}"
-        raise BadInput(f"{what} ({why}): {remedy}") from error
+        said = " ".join(str(error).split("Weights only")[0].split())  # torch goes on with how to load it unsafely
+        raise BadInput(f"{what} ({type(error).__name__}: {said:.200}): {remedy}") from error
 
 
 def rng(seed, *stream, device="cpu"):
@@ -47,17 +49,7 @@ def rng(seed, *stream, device="cpu"):
 
 def progress(items, label, **options):
     """A tqdm bar. Where no terminal is watching, it prints only twice a minute, so that a log stays short."""
-    return tqdm(items, label, mininterval=0.2 if sys.stderr.isatty() else 30, disable=rank() > 0, **options)
-
-
-def rank():
-    """Which of torchrun's processes this is, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def ranks():
-    """How many there are; 1 without torchrun. Part k of a batch belongs to rank k % ranks."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return tqdm(items, label, mininterval=0.2 if sys.stderr.isatty() else 30, disable=RANK > 0, **options)
 
 
 def join(device):
@@ -65,24 +57,11 @@ def join(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch finds no CUDA GPU here; leave --device out to use the CPU")
     torch.backends.cudnn.allow_tf32 = False  # du/dt and Inception need all digits; the VAE, which does not, allows it
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+    if RANKS > 1 and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return torch.device(device)
-
-
-def sum_gradients(net):
-    """Sum over the ranks. By hand, not by DDP: its wrapper does not see a forward-mode pass, and would sum nothing."""
-    for p in net.parameters():
-        if ranks() > 1 and p.grad is not None:
-            dist.all_reduce(p.grad)
-
-
-def in_processes(work, jobs):
-    """work(job) for all jobs, a process for each core, one thread each. -> [what it returned, in the jobs' order]"""
-    with ProcessPoolExecutor(None, torch.multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        return list(pool.map(work, jobs))
 
 
 # --- Save, and go on -------------------------------------------------------------------------------------------------
@@ -147,9 +126,9 @@ def go_on(path, parts, one_step, *, steps, config, look=None, look_every=500, ev
         if step % log_every == 0 or last:
             rows.append({"step": step} | values)
             bar.set_postfix(list(values.items())[:2], refresh=False)
-        if rank() == 0 and look and ((step + 1) % look_every == 0 or last):
+        if RANK == 0 and look and ((step + 1) % look_every == 0 or last):
             look(step + 1)
-        if rank() == 0 and (last or time.monotonic() - saved > every):
+        if RANK == 0 and (last or time.monotonic() - saved > every):
             state = {name: part.state_dict() for name, part in parts.items()}
             save(path, state | {"step": step + 1, "rows": rows, "config": config})
             lines = [rows[0], *(row.values() for row in rows)]  # every step logs the same numbers
@@ -166,9 +145,9 @@ def over_seeds(rows, facts, measures):
     for row in rows:
         groups.setdefault((row["what"], *map(row.get, facts)), []).append(row)
     for group in groups.values():
-        values = np.array([[row[key] for key in measures] for row in group])  # (seeds, measures)
-        spreads = zip(values.mean(0), values.std(0, ddof=len(group) > 1))  # a single row deviates by 0
-        joined.append(group[0] | dict(zip(measures, spreads)) | {"seeds": len(group)})
+        values = {key: [row[key] for row in group] for key in measures}
+        spreads = {key: (np.mean(v), np.std(v, ddof=len(v) > 1)) for key, v in values.items()}  # of one row: 0
+        joined.append(group[0] | spreads | {"seeds": len(group)})
     return joined
 
 
@@ -182,16 +161,11 @@ def report(path, rows, facts, measures):
         print(f"{row['what']:30}" + "".join(f"{(row | spreads).get(name, ''):>18}" for name in columns))
 
 
-def new_figure(width, height, rows=1, columns=1, **options):
-    """A matplotlib figure of width x height inches, and its axes. It belongs to no window and no global state."""
-    figure = matplotlib.figure.Figure((width, height), layout="constrained", dpi=110)
-    return figure, figure.subplots(rows, columns, **options)
-
-
 def plot_curves(path, rows, x, measures, curves, title):
     """A panel for each of measures, {key: (label, its axis' scale)}: mean and spread over the seeds against x, a key of
     the rows. curves: {what: matplotlib's style of its curve}; a style without a marker makes a level line."""
-    figure, axes = new_figure(4.4 + 3.2 * len(measures), 4.8, columns=len(measures), squeeze=False)
+    figure = matplotlib.figure.Figure((4.4 + 3.2 * len(measures), 4.8), layout="constrained", dpi=110)
+    axes = figure.subplots(1, len(measures), squeeze=False)
     joined = over_seeds(rows, [x], measures)
     ticks = sorted({row[x] for row in joined if "marker" in curves.get(row["what"], ())})
     for axis, (key, (label, scale)) in zip(axes[0], measures.items()):
@@ -204,17 +178,14 @@ def plot_curves(path, rows, x, measures, curves, title):
         axis.set(xlabel=x, ylabel=label, xscale="log", yscale=scale)
         axis.set_xticks([], minor=True)
         axis.set_xticks(ticks, [f"{at:,}" for at in ticks], rotation=45, fontsize=8)
-    handles = axes[0, -1].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=1 + len(measures), fontsize=9)
+    figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(measures))
     figure.suptitle(title)
     figure.savefig(path)
 
 
-# --- Images. Glyphs are digits from matplotlib's fonts; face, height, turn and place are drawn uniformly --------------
+# --- Images. Glyphs are digits from matplotlib's fonts; face, height, turn in degrees and place are drawn uniformly ---
 FACES = ("DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold DejaVuSerif DejaVuSerif-Bold"
          " DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10 cmb10 cmss10 cmtt10").split()
-HEIGHT, MAX_TURN, MAX_SHIFT = (0.5, 0.75), 15.0, 1 / 8  # of the image's side; degrees; of the side
-SUPERSAMPLE = 4  # pixels of the canvas for one of the image, each way, so that edges are smooth
 
 
 @functools.cache
@@ -230,14 +201,13 @@ def glyph(face, digit, height):
 def glyphs(labels, generator, size=16):
     """Digits, white on black, one for each of labels (B,): float (B, 1, size, size) in [-1, 1]."""
     draws = torch.rand(len(labels), 5, generator=generator, device=generator.device).tolist()
-    side, images = size * SUPERSAMPLE, []
+    side, images = 4 * size, []  # four times too large, and averaged down at the end, so that edges are smooth
     for digit, (face, height, turn, *place) in zip(labels.tolist(), draws):
-        upright = glyph(int(len(FACES) * face), digit, round(side * (HEIGHT[0] + (HEIGHT[1] - HEIGHT[0]) * height)))
-        turned = upright.rotate(MAX_TURN * (2 * turn - 1), Image.Resampling.BILINEAR, expand=True)
+        upright = glyph(int(len(FACES) * face), digit, round(side * (0.5 + 0.25 * height)))
+        turned = upright.rotate(15.0 * (2 * turn - 1), Image.Resampling.BILINEAR, expand=True)
         rooms = [(side - length) / 2 for length in turned.size]  # on either side of a glyph in the middle
-        left, top = (round(room + min(MAX_SHIFT * side, room) * (2 * at - 1)) for room, at in zip(rooms, place))
-        canvas = turned.crop((-left, -top, side - left, side - top))  # black beyond the glyph
-        images.append(np.asarray(canvas.reduce(SUPERSAMPLE)))
+        left, top = (round(room + min(side / 8, room) * (2 * at - 1)) for room, at in zip(rooms, place))
+        images.append(np.asarray(turned.crop((-left, -top, side - left, side - top)).reduce(4)))  # black around it
     return to_float(np.stack(images)[..., None]).to(generator.device)
 
 
@@ -290,7 +260,7 @@ class ImageFolder:
             raise BadInput(f"{root} holds no images at {pattern}: give a folder like ImageNet's train/, by --data-dir")
         classes, labels = np.unique([path.parent.name for path in self.paths], return_inverse=True)  # sorted by name
         self.classes, self.labels = classes.tolist(), torch.from_numpy(labels)
-        if rank() == 0:
+        if RANK == 0:
             print(f"{root}: {len(self.paths):,} images of {len(self.classes):,} classes, "
                   f"{', '.join(self.classes[:3])} ... {len(files) - len(self.paths)} files left out as no images.")
 
@@ -340,13 +310,12 @@ class Latents:
     """What `encode` wrote; it is called first if a folder is given. BadInput: not all is encoded, or not as `about`."""
 
     def __init__(self, cache, vae, folder=None, about={}):
-        if folder and ranks() == 1:
+        if folder and RANKS == 1:
             encode(folder, vae, Path(cache), about)
         note = Path(cache, "info.json")
         info = json.loads(note.read_text()) if note.exists() else {"done": 0, "images": "all"}
         if info["done"] != info["images"]:
-            raise BadInput(f"{cache} holds {info['done']} of {info['images']} latents: run meanflow_td.py once without "
-                           "torchrun, with --data-dir, until all are encoded")  # fmt: skip
+            raise BadInput(f"{cache} has {info['done']} of {info['images']} latents: give --data-dir, without torchrun")
         check_made(cache, info, about)
         self.moments = np.load(Path(cache, "moments.npy"), mmap_mode="r")
         self.labels = load(Path(cache, "labels.pt"), "give --data-dir once more")["labels"]

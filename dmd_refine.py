@@ -28,8 +28,7 @@ features of x_gen at a little noise, where local defects can still be seen. Thre
     python dmd_refine.py --data glyphs --probe                 # at which noise can a discriminator see anything?
 
 A run adds to the folder of stage 1: <name>-seed<seed>.pt, its csv, in samples/ grids and `panels`, and in budgets/ the
-student at several updates, for the curves of evaluate.py. The paper does not state learning rates, update ratio,
-lambda_adv and the times of the adversarial term. OURS: those of `refine`, found in 2D, and GLYPHS.
+student after several updates. OURS, as the paper does not state them: rates, update ratio, lambda_adv, its times.
 """
 
 import argparse
@@ -37,7 +36,8 @@ import copy
 import math
 import subprocess
 import sys
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -45,8 +45,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from awd import AdaptiveWeightedDiscriminator, discriminator_hinge, generator_hinge
-from data import (BadInput, check_made, go_on, in_processes, join, plot_curves, progress, rank, report, rng, save,
-                  save_grid)  # fmt: skip
+from data import RANK, BadInput, check_made, go_on, join, plot_curves, progress, report, rng, save, save_grid
 from meanflow_td import (add_flags, flow_matching_loss, generate, grid_noise, learning_rate, load_net,
                          new_network, open_data, sample, settings, update, update_ema)  # fmt: skip
 from models import DiT, add_noise, autocast_off, expand_times, student_from_teacher, x0_from_velocity
@@ -309,8 +308,7 @@ def probe(path, draw, student, teacher, build, *, taps, levels, images, updates)
 
 # OURS. lambda_adv: of 0.001, 0.003, 0.01 and 0.03, the first two bring both poolings about equally near to the data;
 # pull_adv is then up to 0.7 times pull_dmd. At 0.01 it is more than twice pull_dmd, and the distance a tenth larger.
-# At twice this lr samples vary less (recall 0.71, not 0.80). All on seed 3, 500 updates. The other numbers come from
-# earlier versions.
+# At twice this lr samples vary less (recall 0.71, not 0.80). All on seed 3, 500 updates.
 GLYPHS = dict(batch=32, steps=2000, taps=(1, 3), lambda_adv=3e-3, fake_updates=2, clip=10.0,
               lr={"student": 1e-3, "fake": 1e-3, "discriminator": 5e-3})  # fmt: skip
 # PRIOR: lr, fake_updates, clip and lambda_adv are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official code); the
@@ -345,6 +343,12 @@ def open_stage_1(out, teacher, *, init, seed, device, about):
     return student, teacher
 
 
+@cache
+def processes():
+    """A process for each core, one thread each; .map(work, jobs) yields work(job) for all jobs, in their order."""
+    return ProcessPoolExecutor(None, torch.multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+
+
 def flags():
     """The command line of this stage: an argparse.ArgumentParser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -375,8 +379,9 @@ def main(argv=None):
     device, out = join(args.device), args.out or Path("runs", args.data + "-quick" * args.quick)
     if args.ablation:
         rest = [word for word in argv if word != "--ablation"]  # of a flag given twice, the last counts
-        in_processes(main, [[*rest, f"--name={name}", f"--init={init}", f"--pooling={pooling}", f"--seed={seed}"]
-                            for seed in range(args.seeds) for name, (init, pooling) in VARIANTS.items()])  # fmt: skip
+        jobs = [[*rest, f"--name={name}", f"--init={init}", f"--pooling={pooling}", f"--seed={seed}"]
+                for seed in range(args.seeds) for name, (init, pooling) in VARIANTS.items()]  # fmt: skip
+        list(processes().map(main, jobs))
         table = [sys.executable, Path(__file__).with_name("evaluate.py"), "--data", args.data, "--out", out]
         return subprocess.run(table + ["--quick"] * args.quick, check=True)
 
@@ -417,7 +422,7 @@ def main(argv=None):
     ema = refine(out / f"{stem}.pt", student, teacher, branch, discriminator,
                  partial(source.draw, part), **plan, make=make, seed=args.seed,
                  amp=device.type == "cuda", config=about, look=look, look_every=BUDGETS[0])
-    if rank() == 0:
+    if RANK == 0:
         print(f"In {out}: {stem}.pt and its csv, grids in samples/. Next: evaluate.py")
 
 

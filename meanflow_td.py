@@ -38,11 +38,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.autograd import forward_ad
 
-from data import (BadInput, ImageFolder, Latents, draw_glyphs, go_on, join, load, rank, ranks, rng, save_grid,
-                  sum_gradients)  # fmt: skip
+from data import RANK, RANKS, BadInput, ImageFolder, Latents, draw_glyphs, go_on, join, load, rng, save_grid
 from models import (DiT, DiTTeacher, SiTTeacher, Velocity, add_noise, autocast_off, expand_times, load_teacher,
                     load_vae, student_from_teacher, weights_path, with_labels)  # fmt: skip
 
@@ -52,12 +52,9 @@ from models import (DiT, DiTTeacher, SiTTeacher, Velocity, add_noise, autocast_o
 def draw_times(batch, generator, *, share_spans=0.75, share_to_data=0.3):
     """Times r <= t, each (batch,): the first share_spans of the rows span r < t, the others have r = t.
     The spans alone need du/dt; the others tie u to the teacher's velocity, which the identity starts from. Of the
-    spans, share_to_data reach down to r = 0, as every one-step sample does."""
-    # DIFFERS: MeanFlow draws both times from sigmoid(N(-0.4, 1)) (arXiv 2505.13447), and 25 % of spans, as our ImageNet
-    # preset. We draw both uniformly and sort them: t, the larger one, is near 1 more often than near 0. A one-step
-    # sample starts at t = 1 and ends at r = 0, which logit-normal times all but never reach.
-    # TRY: OURS is share_to_data. Set it to 1.0, which is close to consistency distillation, and look at the rows of
-    # "TD" in `python toy2d.py --out runs/consistency`: of the samples of `td-48`, 0.74 are then inside, not 0.79.
+    spans, share_to_data reach down to r = 0, as a one-step sample does. TRY: 1.0, nearly consistency distillation."""
+    # DIFFERS: MeanFlow (arXiv 2505.13447) draws both times from sigmoid(N(-0.4, 1)), which all but never reach r = 0 or
+    # t = 1, where a one-step sample ends and starts. It takes 25 % of spans, as our ImageNet preset does.
     r, t = torch.rand(batch, 2, generator=generator, device=generator.device).sort(dim=1).values.unbind(1)
     to_data = torch.rand(batch, generator=generator, device=generator.device) < share_to_data
     r = torch.where(to_data, 0.0, r)
@@ -77,11 +74,12 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
     if len(rows):
         u_labelled = with_labels(u_theta, None if y is None else y[rows])
         with torch.no_grad(), forward_ad.dual_level():  # room for tangents; the target needs no graph
-            # du/dt = v . grad_x u + d_t u : the tangents are (v, 1) for (x, t); that of r is 0, so r stays plain
+            # du/dt = v . grad_x u + 0 d_r u + 1 d_t u : the tangents of (x, r, t) are (v, 0, 1)
             x_dual = forward_ad.make_dual(x_t[rows].detach(), v[rows].detach())
+            r_dual = forward_ad.make_dual(r[rows], torch.zeros_like(r[rows]))  # t - r is faster with both dual
             t_dual = forward_ad.make_dual(t[rows], torch.ones_like(t[rows]))
             with autocast_off(v):  # bf16 would make du/dt wrong by a percent
-                u = u_labelled(x_dual, t=t_dual, r=r[rows])
+                u = u_labelled(x_dual, t=t_dual, r=r_dual)
             du_dt[rows] = forward_ad.unpack_dual(u).tangent
     # u_target = v - (t - r) du/dt
     return (v - expand_times(t - r, v) * du_dt).detach(), du_dt
@@ -187,18 +185,20 @@ def learning_rate(step, steps, peak, warmup=100):
 def update(net, optimizer, loss_of, *, lr, words, parts=1, clip=20.0, amp=False):
     """Move one network by the mean of loss_of(generator) -> (loss, log) over the parts of a batch. -> log of a part
     Part k is drawn from rng(*words, k), whose seed is a hash of, say, (0, "td", step, k). One process takes the parts
-    in turn, which saves memory; of several (torchrun), each takes every ranks-th. On a first reading, take parts for 1.
+    in turn, which saves memory; of several (torchrun), each takes every RANKS-th. On a first reading, take parts for 1.
     clip: the gradient's greatest norm. amp: matrix products in bf16; times, du/dt, target and loss stay in fp32."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
     device = next(net.parameters()).device
-    for k in range(rank(), parts, ranks()):
+    for k in range(RANK, parts, RANKS):
         # bf16 alone, no cache: autocast would reuse weights that it cast without a graph in a pass that needs one
         with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):
             loss, log = loss_of(rng(*words, k, device=device))
         (loss / parts).backward()
-    sum_gradients(net)
+    for p in net.parameters():
+        if RANKS > 1 and p.grad is not None:
+            dist.all_reduce(p.grad)  # by hand: DDP's wrapper does not see a forward-mode pass, and would sum nothing
     gradient = nn.utils.clip_grad_norm_(net.parameters(), clip)  # the norm before clipping
     optimizer.step()
     return {"loss": loss, **log, "gradient": gradient}
@@ -335,12 +335,12 @@ def add_flags(parser):
 def settings(presets, quick_presets, *, data, quick, parts, **flags):
     """The preset of --data, with what --quick and the flags of the same names change. "part": images in a part."""
     preset = presets[data] | (quick_presets[data] if quick else {})
-    preset |= {name: flags[name] for name in preset if flags.get(name) is not None} | {"parts": parts or ranks()}
+    preset |= {name: flags[name] for name in preset if flags.get(name) is not None} | {"parts": parts or RANKS}
     preset["part"], rest = divmod(preset["batch"], preset["parts"])
     if flags["w"] <= 0:
         raise BadInput(f"--w {flags['w']:g}: guidance is above 0, and 1 is none")
-    if rest or preset["parts"] % ranks():
-        raise BadInput(f"a batch of {preset['batch']} in {preset['parts']} parts for {ranks()} processes: all must "
+    if rest or preset["parts"] % RANKS:
+        raise BadInput(f"a batch of {preset['batch']} in {preset['parts']} parts for {RANKS} processes: all must "
                        "have the same share; change --batch or --parts")  # fmt: skip
     return preset
 
@@ -382,7 +382,7 @@ def main(argv=None):
     about |= {"network": student.describe(), "w": w, "cfg_channels": args.cfg_channels}
     train(out / f"{name}.pt", student, loss, steps=preset["steps"], **preset["stage_1"], **common, config=about,
           look=partial(look, name, sample))  # fmt: skip
-    if rank() == 0:
+    if RANK == 0:
         print(f"In {out}: {name}.pt, its csv, grids in samples/. Next: dmd_refine.py, the same --data, --out, --w")
 
 

@@ -26,12 +26,14 @@ import math
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.animation import PillowWriter
+from matplotlib.figure import Figure
 
 from awd import AdaptiveWeightedDiscriminator
-from data import in_processes, load, new_figure, plot_curves, report, rng, save
-from dmd_refine import refine
+from data import load, plot_curves, report, rng, save
+from dmd_refine import processes, refine
 from meanflow_td import NO_MOMENTUM, meanflow_target, new_network, sample, sample_ode, student_loss, teacher_loss, train
 from models import VelocityMLP, add_noise, expand_times
 
@@ -39,7 +41,7 @@ DEPTH, TEACHER_WIDTH, TAPS = 3, 96, (0, 1, 2)  # hidden layers of all networks; 
 HD_WIDTH, WIDTHS = 48, (168, 88, 48, 30, 18)  # of students: 92,570 to 1,820 parameters; HD has 9,170
 # A run is one of these two, with what to draw ("data") and where to write ("out"). More constants stand at the end:
 # DENSITIES; MARKS, the updates at which pictures look; WATCHED, the trainings that they look at; MEASURES, their axes.
-DEFAULT = dict(teacher_steps=6000, td_steps=1900, refine_steps=1900, samples=50_000, ode_steps=32)
+DEFAULT = dict(teacher_steps=6000, td_steps=1900, refine_steps=1900, samples=100_000, ode_steps=32)
 QUICK = dict(teacher_steps=150, td_steps=80, refine_steps=80, samples=2000, ode_steps=8)
 
 # --- Densities: points in the plane, and which part of the support a point lies in, -1 outside ------------------------
@@ -72,7 +74,8 @@ LAST = 99_999  # in the name of a file, the end of a training, however many upda
 def sorted_projections(x, count=128):
     """The points x (n, 2) projected onto `count` fixed directions, each row sorted: (count, n)."""
     angle = math.pi * (torch.arange(count) + 0.5) / count  # half a circle: the opposite gives the same distance
-    return (torch.stack([angle.cos(), angle.sin()], dim=1) @ x.T).sort(dim=1).values
+    projected = torch.stack([angle.cos(), angle.sin()], dim=1) @ x.T
+    return torch.from_numpy(np.sort(projected.numpy(), axis=1))  # ten times as fast as torch's
 
 
 def sliced_w2(projections_x, projections_y):
@@ -104,7 +107,7 @@ def keep(run, seed, name, net, n, sampler=sample):
     if n != LAST and not (name in WATCHED and {n, n - run["td_steps"]} & {*MARKS}):
         return None
     eps, _ = reference(run["data"], run["samples"])
-    x = torch.cat([sampler(net, block) for block in eps.split(4096)])  # blocks that fit into a CPU's cache
+    x = torch.cat([sampler(net, block) for block in eps.split(1024)])  # blocks that fit into a CPU's cache
     measures = measure(x, run["data"], x if name == "teacher" else load_kept(run, seed, "teacher")["x"])
     save(run["out"] / f"seed{seed}-{name}" / f"{n:05d}.pt", {"x": x, **measures})
     return measures
@@ -182,14 +185,17 @@ def refined_row(run, job):
 def story(run, seeds):
     """Teachers, their students by TD, stage 2; then the table and the pictures."""
     out, first, second = run["out"], run["td_steps"], run["refine_steps"]
-    rows = in_processes(partial(teacher_row, run), seeds)
+    # data against data: as near as that many samples can come
+    others = [(seed, DENSITIES[run["data"]][0](run["samples"], rng(seed, "other data"))) for seed in seeds]
+    rows = [{"what": "data", "name": "data", "seed": seed, **measure(x, run["data"], x)} for seed, x in others]
+    rows += processes().map(partial(teacher_row, run), seeds)
 
     # seed, name, what it is, width, updates. First the largest student, trained longer: is the gap one of training?
-    jobs = [(0, "td-x4", "TD, longer", WIDTHS[0], 4 * (first + second))]
+    jobs = [(0, f"td-x{k}", f"TD, {k} times the updates", WIDTHS[0], k * (first + second)) for k in (4, 2)]
     for seed in seeds:
         jobs += [(seed, f"td-{width}", "TD", width, first + second) for width in WIDTHS]
         jobs += [(seed, "td-start", "TD, stage 1 alone", HD_WIDTH, first)]
-    rows += in_processes(partial(td_row, run), jobs)
+    rows += processes().map(partial(td_row, run), jobs)
 
     # name, what it is, start, pooling, updates of stage 2; the longest first
     variants = [("dmd-awd", "DMD + AWD, no TD", "random", "attention", first + second),
@@ -199,7 +205,7 @@ def story(run, seeds):
                 ("td-dmd", "TD + DMD", "td", "none", second),
                 ("dmd-short", "DMD, no TD, stage 2 alone", "random", "none", second),
                 ("dmd-far", "DMD, from far off", "far", "none", second)]  # fmt: skip
-    rows += in_processes(partial(refined_row, run), [(seed, *variant) for variant in variants for seed in seeds])
+    rows += processes().map(partial(refined_row, run), [(seed, *variant) for variant in variants for seed in seeds])
 
     report(out / "results.json", rows, FACTS, [*MEASURES, "smallest_part", "largest_part"])
     plot_curves(out / "bottleneck.png", rows, "parameters", MEASURES, BOTTLENECK,
@@ -280,9 +286,9 @@ def road_row(run, job):
 
 def unify(run, seeds):
     """Three distillations of one teacher, at three sizes; then the table and the picture."""
-    rows = in_processes(partial(teacher_row, run), seeds)
+    rows = list(processes().map(partial(teacher_row, run), seeds))
     jobs = [(seed, road, width) for width in (88, 48, 18) for road in ROADS for seed in seeds]
-    rows += in_processes(partial(road_row, run), jobs)
+    rows += processes().map(partial(road_row, run), jobs)
     report(run["out"] / "unified.json", rows, FACTS, MEASURES)
     plot_curves(run["out"] / "unified.png", rows, "parameters", {"replay_error": MEASURES["replay_error"]}, ROADS,
                 "Three distillations learn one function, the average\nvelocity, and miss it by what their size allows")
@@ -322,8 +328,10 @@ BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#
 MEASURES = {"replay_error": ("replay error\n(squared distance to the teacher's sample)", "log"),
             "sliced_w2": ("sliced Wasserstein-2 to the data", "log"),
             "share_inside": ("share of samples inside the support", "linear")}  # fmt: skip
-BOTTLENECK = {"teacher": dict(color="black", ls="--"), "TD": dict(color=BLUE, marker="o"),
-              "TD, longer": dict(color=BLUE, marker="o", mfc="white", ls="none", label="TD, 4 times the updates"),
+BOTTLENECK = {"data": dict(color=GREY, ls=":", label="data against data"),
+              "teacher": dict(color="black", ls="--"), "TD": dict(color=BLUE, marker="o"),
+              "TD, 2 times the updates": dict(color=BLUE, marker="o", mfc="white", ls="none"),
+              "TD, 4 times the updates": dict(color=BLUE, marker="D", mfc="white", ls="none"),
               "HD: TD + DMD + AWD": dict(color=ORANGE, marker="*", ms=16)}  # fmt: skip
 START = {"TD + DMD": dict(color=ORANGE, marker="o"), "DMD, from far off": dict(color=GREEN, marker="o"),
          "DMD, no TD, stage 2 alone": dict(color=BLUE, marker="o", label="DMD, no TD"),
@@ -343,7 +351,8 @@ def scatter(axis, one, colours, title):
 
 def plot_story(path, run, rows, colours):
     """story.png: the samples of seed 0, side by side."""
-    figure, axes = new_figure(14, 7.6, rows=2, columns=4)
+    figure = Figure((14, 7.6), layout="constrained", dpi=110)
+    axes = figure.subplots(2, 4)
     data = DENSITIES[run["data"]][0](POINTS, rng(0, "judge data"))
     scatter(axes.flat[0], {"x": data, "share_inside": 1.0}, [GREY] * POINTS, "data")
     names = ["teacher", f"td-{WIDTHS[-1]}", f"td-{WIDTHS[0]}", f"td-{HD_WIDTH}", "td-dmd", "hd", "dmd-awd"]
@@ -356,7 +365,8 @@ def plot_story(path, run, rows, colours):
 
 def animate(path, run, colours):
     """toy.gif: the same noise points through training; on the left TD and then stage 2, on the right no TD."""
-    figure, axes = new_figure(7.2, 4.1, columns=2)
+    figure = Figure((7.2, 4.1), layout="constrained")
+    axes = figure.subplots(1, 2)
     frames = [("td-start", "stage 1: TD", n, n) for n in MARKS if n <= run["td_steps"]]
     frames += [("hd", "stage 2: DMD + AWD", n, n + run["td_steps"]) for n in MARKS if n <= run["refine_steps"]]
     writer = PillowWriter(fps=6)

@@ -72,11 +72,11 @@ def test_no_stroke_leaves_the_image(monkeypatch):
     draws = torch.tensor([[(face + 0.5) / faces, 0.999, turn, shift, shift]
                           for face, turn, shift in itertools.product(range(faces), (0, 0.5, 0.999), ends)])  # fmt: skip
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: draws)
-    height = round((data.HEIGHT[0] + (data.HEIGHT[1] - data.HEIGHT[0]) * 0.999) * 64 * data.SUPERSAMPLE)
+    height = round((0.5 + 0.25 * 0.999) * 64 * 4)
     for digit in range(10):
         images = data.to_uint8(data.glyphs(torch.full((len(draws),), digit), data.rng(0), size=64))
         for image, draw in zip(images.astype(float), draws.tolist()):
-            ink = np.asarray(data.glyph(int(faces * draw[0]), digit, height), float).sum() / data.SUPERSAMPLE**2
+            ink = np.asarray(data.glyph(int(faces * draw[0]), digit, height), float).sum() / 4**2
             assert image.sum() == pytest.approx(ink, rel=0.01)
 
 
@@ -152,7 +152,7 @@ def test_encoding_goes_on_where_it_was_stopped_to_the_same_bits(to_encode, monke
     monkeypatch.setattr(vae, "encode", stop)
     with pytest.raises(InterruptedError):
         data.encode(folder, vae, cache, {"vae": "a"}, batch=2)
-    with pytest.raises(BadInput, match="cache holds 2 of 5 latents: run meanflow_td.py"):
+    with pytest.raises(BadInput, match="cache has 2 of 5 latents: give --data-dir"):
         data.Latents(cache, vae)
     data.encode(folder, vae, cache, {"vae": "a"}, batch=2)
     assert calls == [2, 2, 2, 2, 2, 2, 1, 1]  # the first batch is not done again
@@ -173,7 +173,7 @@ def test_an_unreadable_image_is_named_and_a_repaired_one_is_encoded(to_encode):
 
 def test_latents_of_another_vae_and_no_latents_are_refused(to_encode):
     folder, vae, cache = to_encode
-    with pytest.raises(BadInput, match="cache holds 0 of all latents"):
+    with pytest.raises(BadInput, match="cache has 0 of all latents"):
         data.Latents(cache, vae)
     data.encode(folder, vae, cache, {"vae": "a"})
     before, folder.size = files(cache), 32

@@ -81,7 +81,7 @@ def test_state_dicts():
 
 @pytest.mark.parametrize("kind", ["VelocityMLP", "DiT"])
 def test_student(kind, m=models):
-    """With its teacher's weights it is its teacher; whatever it has learned, it still is at r = t, to the bit."""
+    """With its teacher's weights it is its teacher; a DiT, whatever it has learned, still is at r = t, to the bit."""
     sizes = PLAIN if kind == "DiT" else dict(dim=3, width=16, depth=3)
     teacher, student = fill(getattr(m, kind)(**sizes)), getattr(m, kind)(**sizes, two_times=True)
     (x, y), t, r = batch(PLAIN), torch.tensor([0.9, 0.4]), torch.tensor([0.2, 0.1])
@@ -90,7 +90,7 @@ def test_student(kind, m=models):
     assert torch.equal(student(x, t=t, r=r, y=y), teacher(x, t=t, y=y))
     state = fill(student).state_dict()
     teacher.load_state_dict({name: state[name] for name in teacher.state_dict()})
-    assert torch.equal(student(x, t=t, r=t, y=y), teacher(x, t=t, y=y))
+    assert kind == "VelocityMLP" or torch.equal(student(x, t=t, r=t, y=y), teacher(x, t=t, y=y))
     assert (student(x, t=t, r=r, y=y) - teacher(x, t=t, y=y)).abs().max() > 1e-3
     for call in (lambda: student(x, t=t, y=y), lambda: teacher(x, t=t, r=t, y=y)):
         with pytest.raises(ValueError):
@@ -331,8 +331,8 @@ BROKEN = [
     (test_conversions, "return -eps_from_velocity", "return eps_from_velocity"),
     (test_conversions, "return x_t - expand_times(t, x_t) * v", "return x_t + expand_times(t, x_t) * v"),
     (partial(test_student, "DiT"), "self.span_embedder(span) - self.", "self.span_embedder(span) - 0 * self."),
-    (partial(test_student, "VelocityMLP"), "self.embed_span(span - none)", "self.embed_span(span)"),
-    (test_forward_rules, "F.linear(dx, self.weight))", "F.linear(dx, self.weight, self.bias))"),
+    (partial(test_student, "VelocityMLP"), "nn.init.zeros_(self.embed_span.weight)", "pass"),
+    (test_forward_rules, "F.linear(dx, weight))", "F.linear(dx, weight, bias))"),
     (test_forward_rules, "*backward(dx))", "*backward(x))"),
     (test_forward_rules, "(q * q.shape[-1] ** -0.5) @", "q @"),
     (test_both_times, "None if r is None else 1 - r", "r"),

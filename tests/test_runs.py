@@ -7,7 +7,7 @@ import os
 import pickle
 import shutil
 import signal
-import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,9 +30,8 @@ TD, REFINE, SHORT = meanflow_td, dmd_refine, ["--quick", "--steps", 4]
 # --- Processes of their own, forked from one that has imported torch -------------------------------------------------
 
 
-def work(main, arguments, die_at, environment, said):
+def work(main, arguments, die_at, said):
     """main(arguments), saved at each step. SIGKILLs itself as the die_at-th state is about to take its name."""
-    os.environ.update(environment)
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(said, "w")
     meanflow_td.go_on = dmd_refine.go_on = functools.partial(data.go_on, every=0)
@@ -49,14 +48,14 @@ def work(main, arguments, die_at, environment, said):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """start(main, *arguments, die_at=0, environment={}) -> a process, whose words stand in the file process.name."""
+    """start(main, *arguments, die_at=0) -> a process, whose words stand in the file process.name."""
     context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("said")
     context.set_forkserver_preload(["test_runs"])
 
-    def start(main, *arguments, die_at=0, environment={}):
+    def start(main, *arguments, die_at=0):
         said = folder / f"{len(list(folder.iterdir()))}.txt"
         said.touch()
-        process = context.Process(target=work, args=(main, arguments, die_at, environment, said), name=str(said))
+        process = context.Process(target=work, args=(main, arguments, die_at, said), name=str(said))
         process.start()
         return process
 
@@ -121,18 +120,12 @@ def test_a_killed_encoder_goes_on_to_the_same_bits(start, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_make_what_one_makes_in_two_parts(start, tmp_path):
-    """The teacher, the student, and stage 2 with its discriminator; the processes talk by gloo."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    stages = {meanflow_td.main: ["--quick", "--teacher-steps", 4, "--steps", 4], dmd_refine.main: SHORT}
-    for main, flags in stages.items():
-        end(start(main, *flags, "--parts", 2, "--out", tmp_path / "one"))
-        pair = [start(main, *flags, "--out", tmp_path / "two", environment={
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank,
-        }) for rank in "01"]  # fmt: skip
-        for process in pair:
-            end(process)
+    """The teacher, the student, and stage 2 with its discriminator; torchrun's processes talk by gloo."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for stage, flags in {meanflow_td: ["--quick", "--teacher-steps", "4", "--steps", "4"], dmd_refine: SHORT}.items():
+        end(start(stage.main, *flags, "--parts", 2, "--out", tmp_path / "one"))
+        command = [*torchrun, stage.__file__, *map(str, flags), "--out", tmp_path / "two"]
+        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     for stage in ("teacher", "td", "hd-seed0"):
         one, two = (data.load(tmp_path / folder / f"{stage}.pt", "") for folder in ("one", "two"))
         assert one["config"] == two["config"] and one["config"]["parts"] == 2
