@@ -15,11 +15,11 @@ et al., arXiv 2511.08930) learns where to look:
 "SN" is a spectral norm: a weight is divided by its largest singular value, which a power iteration estimates, so that
 the layer's gain is at most 1 (PRIOR: Miyato et al., arXiv 1802.05957). Keys and query stay free.
 The baseline, pooling="mean", is the same head with a_i = 1/N. Nothing else differs between the two.
+PRIOR: the hinge loss (LADD). OURS: the layers and the head's width, which the paper does not state.
 
-    logits = AdaptiveWeightedDiscriminator(dims=[128])(features)      features: [(B, N, 128)], of one tapped layer
+    logits = AdaptiveWeightedDiscriminator(dims=[128])(features)      features: [(B, N, 128)], of one tapped layer;
+                                                                      in 2D its N tokens are the N tapped layers
     loss_d = discriminator_hinge(logits of data, logits of samples);  loss_g = generator_hinge(logits of samples)
-
-The paper does not state: the loss (hinge here, PRIOR: LADD), the layers, and the head's width.
 """
 
 import torch
@@ -35,7 +35,7 @@ class TokenHead(nn.Module):
         super().__init__()
         self.pooling = pooling
         self.norm_tokens = nn.LayerNorm(dim)
-        self.keys = nn.Linear(dim, dim, bias=False)  # a bias would add the same q . b to every token: softmax drops it
+        self.keys = nn.Linear(dim, dim, bias=False)
         self.query = nn.Parameter(torch.randn(dim))
         self.values = spectral_norm(nn.Linear(dim, dim))
         self.norm_pooled = nn.LayerNorm(dim)
@@ -53,8 +53,8 @@ class TokenHead(nn.Module):
     def forward(self, tokens):
         tokens = self.norm_tokens(tokens)  # (B, N, C)
         a = self.weights(tokens)  # (B, N)
-        # pooled = sum_i a_i z_i,  and  sum_i a_i (W f_i + b) = W (sum_i a_i f_i) + b  since the weights sum to one:
-        # the values of the pooled token are the pooled values of the tokens, at 1/N of the work.
+        # pooled = sum_i a_i z_i. The same at 1/N of the work: sum_i a_i (W f_i + b) = W (sum_i a_i f_i) + b,
+        # since the weights sum to one
         pooled = self.values((a[:, :, None] * tokens).sum(dim=1))  # (B, C)
         return self.logit(F.leaky_relu(self.hidden(self.norm_pooled(pooled)), 0.2)).squeeze(1)  # (B,)
 
@@ -74,11 +74,11 @@ class AdaptiveWeightedDiscriminator(nn.Module):
 
     @torch.no_grad()
     def power_iteration(self):
-        """Bring the spectral norms a step further, once before each update of the discriminator, and hold them. In
-        training mode torch would do so with every forward pass, and a batch in parts would give other weights."""
+        """Bring the spectral norms a step further, once before each update of the discriminator, and hold them. Torch
+        takes a step whenever such a weight is read in training mode; parts of a batch would then see other weights."""
         self.train()
         for head in self.heads:
-            _ = head.values.weight, head.hidden.weight, head.logit.weight  # reading one in training mode is the step
+            _ = head.values.weight, head.hidden.weight, head.logit.weight  # to read is to step
         self.eval()
 
     def forward(self, features):

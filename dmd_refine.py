@@ -3,8 +3,8 @@
 Stage 1 maps each noise point to the teacher's own sample of it. A small network can't do this for all points. This
 stage drops it: WHICH sample a noise point becomes no longer matters, only that all samples together have the teacher's
 distribution. For that, minimise KL(student || teacher) = E[log p_student - log p_teacher] on noised samples. When a
-sample moves, the KL changes by the difference of the two scores (Yin et al., arXiv 2311.18828); log p_student itself
-changes with the student too, but on average by 0.
+sample moves, the KL changes by the difference of the two scores (Yin et al., arXiv 2311.18828). (That p_student changes
+with the student's weights adds nothing: E[d log p_student / d weights] = 0.)
 
     x_gen = eps - u(eps, 0, 1)                        the student's sample, one call
     x_t   = (1 - t) x_gen + t noise                   t in [0.02, 0.98]
@@ -12,8 +12,8 @@ changes with the student too, but on average by 0.
     x0_fake = x_t - t v_fake(x_t, t)                  the fake branch's, which knows the STUDENT's distribution
     grad  = (x0_fake - x0_real) / mean|x_gen - x0_real|
 
-A score is -eps_hat/t = -(x_t - (1 - t) x0_guess)/t^2, so score_fake - score_real = (1 - t)/t^2 (x0_fake - x0_real):
-grad is the gradient of the KL up to a factor for each sample.
+A score is -eps_hat/t = -(x_t - (1 - t) x0_guess)/t^2, so score_fake - score_real = (1 - t)/t^2 (x0_fake - x0_real),
+and x_t moves by 1 - t as x_gen moves by 1: grad is the gradient of the KL up to a factor for each sample.
 The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen. It always lags a
 little behind the student, and each score is good only where its network has seen samples, so the two distributions
 should overlap from the start: that is the paper's reason for stage 1.
@@ -64,10 +64,8 @@ def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake, normalize=True):
 
     x_gen, its noised x_t, and both velocities at (x_t, t): (B, ...); t (B,). Returns (B, ...).
     Not normalised (normalize=False, for a test), multiplied by (1 - t)^2/t^2 and averaged over the noise, this is the
-    exact gradient of KL(p_gen,t || p_real,t) by x_gen, if both velocities are exact: a score is
-    -(x_t - (1 - t) x0_guess)/t^2, and x_t moves by 1 - t as x_gen moves by 1. The normaliser gives all noise levels
-    about the same weight instead. PRIOR: the normaliser of DMD (arXiv 2311.18828, eq. 8). DMD also multiplies by 1 - t;
-    DMD2's code and we do not."""
+    exact gradient of KL(p_gen,t || p_real,t) by x_gen, if both velocities are exact. The normaliser instead gives all
+    noise levels about the same weight. PRIOR: DMD (arXiv 2311.18828, eq. 8), without its factor 1 - t, as in DMD2."""
     x0_real = x0_from_velocity(x_t, t, v_real)
     x0_fake = x0_from_velocity(x_t, t, v_fake)
     grad = x0_fake - x0_real
@@ -90,8 +88,7 @@ def noised(x, generator, times):
 
 
 def fake_loss(fake, x_gen, y, generator):
-    """Flow matching on the student's samples x_gen (B, ...), so that the fake branch knows their distribution.
-    PRIOR: at all t in [0, 1], though DMD asks it only at T_DMD (DMD2's code)."""
+    """Flow matching at all t on the student's samples x_gen (B, ...): the fake branch learns their distribution."""
     x_t, noise, t = noised(x_gen, generator, (0.0, 1.0))
     return flow_matching_loss(fake, x_t, noise - x_gen, t=t, y=y)[0], {}
 
@@ -111,8 +108,8 @@ def discriminator_loss(discriminator, teacher, x_data, x_gen, y, generator, *, t
 def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_adv, taps):
     """L_G = L_DMD + lambda_adv L_adv for samples x_gen (B, ...) with their graph. discriminator None: L_DMD alone.
 
-    Logs the mean norm of DMD's `grad` over the samples, the mean and spread of x_gen, and how hard each term pulls at
-    x_gen: pull_dmd and pull_adv are the norms of their gradients on it, the second with lambda_adv."""
+    Logs the mean norm of `grad` over the samples, the mean and spread of x_gen, and how hard each term pulls at x_gen:
+    pull_dmd and pull_adv are the norms of their gradients on it, the second with lambda_adv."""
     x_t, _, t = noised(x_gen, generator, T_DMD)
     with torch.no_grad():
         v_real, v_fake = teacher(x_t, t=t, y=y), fake(x_t, t=t, y=y)
@@ -121,7 +118,8 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_
            "gen_mean": x_gen.mean(), "gen_std": x_gen.std()}  # fmt: skip
     loss = dmd_loss(x_gen, grad)  # its gradient on x_gen has the norm pull_dmd
     if discriminator is not None:
-        # The pull of this term is computed up to x_gen, logged, then handed to the student by a term of value 0.
+        # The same as loss + lambda_adv * generator_hinge(...) on x_gen. But to log this term's pull on its own, its
+        # gradient is taken up to x_gen here, and reaches the student by a term of value 0.
         x = x_gen.detach().requires_grad_()
         x_t, _, t = noised(x, generator, T_ADV)
         features = teacher.features(x_t, t=t, y=y, taps=taps)
@@ -142,20 +140,39 @@ def refine(path, student, teacher, fake, discriminator, draw, *, steps, lr=RATES
            fake_updates=2, make=generate, ema_decay=0.999, config=None, look=None, look_every=500, **how):  # fmt: skip
     """Train the student by L_G, with its two helpers; return its average network (EMA), frozen.
 
-    path, steps, config, look, look_every, how: as in `meanflow_td.train`. lr: a peak for each player, as RATES.
-    student: two times, from stage 1 (or without it, for the control). teacher: frozen, guided or not. fake: a copy of
-    it, which is trained; unguided, since the student's samples have the guidance in them. discriminator: an
-    awd.AdaptiveWeightedDiscriminator for the layers `taps` of the teacher, or None.
-    draw(generator) -> x_data (B, ...), y (B,) or None. make(student, eps, y) -> x_gen. fake_updates: for each of the
-    student's (PRIOR: DMD2's two-time-scale rule, there 5; OURS: 2, since small networks learn fast)."""
+    student: a network u(x_t, r, t), from stage 1 (or without it, for the control). teacher: frozen, guided or not.
+    fake: a copy of it, which is trained; never guided, since the student's samples have any guidance in them.
+    discriminator: an awd.AdaptiveWeightedDiscriminator for the layers `taps` of the teacher, or None.
+    draw(generator) -> x_data (B, ...), y (B,) or None. fake_updates: for each of the student's (PRIOR: DMD2's
+    two-time-scale rule, there 5; OURS: 2, since small networks learn fast). make: how x_gen is made, in one call here.
+    lr: a peak for each player, as RATES. path, steps, config, look, look_every, how: as in `meanflow_td.train`."""
     players = {"student": student, "fake": fake} | ({"discriminator": discriminator} if discriminator else {})
     # PRIOR: no momentum between players that chase each other (Brock et al., arXiv 1809.11096)
     optimizers = {f"{name} optimizer": torch.optim.Adam(net.parameters(), betas=(0.0, 0.99), fused=True)
                   for name, net in players.items()}  # fmt: skip
     ema = copy.deepcopy(student).requires_grad_(False)
 
+    def one_step(k):
+        for again in range(fake_updates):
+            log = move("fake", k, again)
+        if discriminator is not None:
+            discriminator.power_iteration()
+            log |= move("discriminator", k)
+        log = move("student", k) | log
+        update_ema(ema, student, k, ema_decay)
+        return log
+
+    def move(name, k, again=0):
+        """One update of one player, the `again`-th in a step. Gradients flow through other networks, not into them."""
+        for other, net in players.items():
+            net.requires_grad_(other == name)
+        log = update(players[name], optimizers[f"{name} optimizer"], partial(loss_of, name),
+                     lr=learning_rate(k, steps, lr[name]), words=(seed, path.stem, name, k, again), **how)  # fmt: skip
+        prefix = {"student": "", "fake": "fake_", "discriminator": "d_"}[name]
+        return {prefix + key: value for key, value in log.items()}
+
     def loss_of(name, generator):
-        """The loss of one player. x_gen has a graph if the student is to learn; else `move` has frozen the student."""
+        """The loss of one player. x_gen has a graph where the student is the one that `move` has not frozen."""
         x_data, y = draw(generator)
         x_gen = make(student, torch.randn(x_data.shape, generator=generator, device=x_data.device), y)
         if name == "fake":
@@ -163,23 +180,6 @@ def refine(path, student, teacher, fake, discriminator, draw, *, steps, lr=RATES
         if name == "discriminator":
             return discriminator_loss(discriminator, teacher, x_data, x_gen, y, generator, taps=taps)
         return generator_loss(teacher, fake, discriminator, x_gen, y, generator, lambda_adv=lambda_adv, taps=taps)
-
-    def move(name, k, again=0):
-        """One update of one player, the `again`-th in a step. Gradients flow through other networks, not into them."""
-        for other, net in players.items():
-            net.requires_grad_(other == name)
-        return update(players[name], optimizers[f"{name} optimizer"], partial(loss_of, name),
-                      lr=learning_rate(k, steps, lr[name]), words=(seed, path.stem, name, k, again), **how)  # fmt: skip
-
-    def one_step(k):
-        for again in range(fake_updates):
-            log = {f"fake_{key}": value for key, value in move("fake", k, again).items()}
-        if discriminator is not None:
-            discriminator.power_iteration()
-            log |= {f"d_{key}": value for key, value in move("discriminator", k).items()}
-        log = move("student", k) | log
-        update_ema(ema, student, k, ema_decay)
-        return log
 
     config = {**(config or {}), "seed": seed, "taps": taps, "lambda_adv": lambda_adv, "lr": lr,
               "fake_updates": fake_updates, "clip": how.get("clip"), "parts": how.get("parts", 1)}  # fmt: skip

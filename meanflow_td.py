@@ -6,9 +6,9 @@ and takes the stretch in one step:
 
     u(x_t, r, t) = 1/(t - r) * integral_r^t v(x_s, s) ds           x_r = x_t - (t - r) u(x_t, r, t)
 
-An integral makes a poor regression target, since it needs the teacher's whole path. Multiply by (t - r) and
-differentiate along the path (dx_t/dt = v, r fixed): u + (t - r) du/dt = v. That is the MeanFlow identity (Geng et al.,
-arXiv 2505.13447),
+Here x_s is the teacher's curved path through x_t, not the straight line between a data point and its noise. The
+integral makes a poor regression target, since it needs that whole path. Multiply by (t - r) and differentiate along the
+path (dx_t/dt = v, r fixed): u + (t - r) du/dt = v. That is the MeanFlow identity (Geng et al., arXiv 2505.13447),
 
     u = v - (t - r) du/dt              du/dt = v . grad_x u + d_t u
 
@@ -17,8 +17,8 @@ Jacobian-vector product), with the tangents (v, 0, 1) for (x, r, t). The right s
 things follow:
 
 - At r = t the identity says u = v: MeanFlow with r = t is flow matching.
-- The teacher's v is a function of (x_t, t), while eps - x_0 is a noisy sample of it: distillation has a deterministic
-  target. If v is guided, so is the student, and it samples without guidance.
+- MeanFlow itself, without a teacher, takes eps - x_0 for v, a noisy sample of it. The teacher's v makes the target
+  exact. If v is guided, so is the student: guidance is in its one call.
 
 What this stage leaves behind: the map from noise to data is steep wherever the path decides between two modes. A
 finite network smooths these places, and samples fall between the modes (toy2d.py). Stage 2, dmd_refine.py, mends it.
@@ -51,10 +51,10 @@ from models import (DiT, DiTTeacher, SiTTeacher, Velocity, add_noise, autocast_o
 
 def draw_times(batch, generator, *, share_spans=0.75, share_to_data=0.3):
     """Times r <= t, each (batch,): the first share_spans of the rows span r < t, the others have r = t.
-    The spans alone need du/dt; the others tie u to the teacher's velocity, which the identity starts from. Of the
-    spans, share_to_data reach down to r = 0, as a one-step sample does. TRY: 1.0, nearly consistency distillation."""
+    The spans alone need du/dt; the others have the target v itself, the anchor of the identity. Of the spans,
+    share_to_data reach down to r = 0, as a one-step sample does. TRY: 1.0, nearly consistency distillation."""
     # DIFFERS: MeanFlow (arXiv 2505.13447) draws both times from sigmoid(N(-0.4, 1)), which all but never reach r = 0 or
-    # t = 1, where a one-step sample ends and starts. It takes 25 % of spans, as our ImageNet preset does.
+    # t = 1, where a one-step sample ends and starts; 25 % of its rows are spans.
     r, t = torch.rand(batch, 2, generator=generator, device=generator.device).sort(dim=1).values.unbind(1)
     to_data = torch.rand(batch, generator=generator, device=generator.device) < share_to_data
     r = torch.where(to_data, 0.0, r)
@@ -73,10 +73,10 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
     du_dt, rows = torch.zeros_like(v), (r < t).nonzero().squeeze(1)
     if len(rows):
         u_labelled = with_labels(u_theta, None if y is None else y[rows])
-        with torch.no_grad(), forward_ad.dual_level():  # room for tangents; the target needs no graph
+        with torch.no_grad(), forward_ad.dual_level():  # no graph: the target is fixed. Tangents pass
             # du/dt = v . grad_x u + 0 d_r u + 1 d_t u : the tangents of (x, r, t) are (v, 0, 1)
             x_dual = forward_ad.make_dual(x_t[rows].detach(), v[rows].detach())
-            r_dual = forward_ad.make_dual(r[rows], torch.zeros_like(r[rows]))  # t - r is faster with both dual
+            r_dual = forward_ad.make_dual(r[rows], torch.zeros_like(r[rows]))  # for speed alone
             t_dual = forward_ad.make_dual(t[rows], torch.ones_like(t[rows]))
             with autocast_off(v):  # bf16 would make du/dt wrong by a percent
                 u = u_labelled(x_dual, t=t_dual, r=r_dual)
@@ -89,9 +89,7 @@ def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2):
     """MeanFlow's loss: the student's squared distance from u_target, adaptively weighted (arXiv 2505.13447, Sec. 4).
     Arguments as in `meanflow_target`. Returns the scalar loss and err (B,), the raw squared error, a sum for each row.
     Watch err: at p = 1 the weighted loss is about 1 as long as err is far above c.
-    p, c: the weight 1/(err + c)^p, without gradient. PRIOR: p = 1, c = 1e-2 (MeanFlow's official code). p = 1 has the
-    gradient of log(err + c), in which far targets count little: noisy ones are fitted at their mode, not their mean, so
-    teacher and fake branch have no such weight."""
+    p, c: the weight 1/(err + c)^p, without gradient. PRIOR: p = 1, c = 1e-2 (MeanFlow's official code)."""
     u_target, _ = meanflow_target(u_theta, x_t, v, r=r, t=t, y=y)
     err = (with_labels(u_theta, y)(x_t, t=t, r=r) - u_target).square().flatten(1).sum(dim=1)  # (B,)
     return (err * (err.detach() + c) ** -p).mean(), err
@@ -99,7 +97,8 @@ def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2):
 
 def flow_matching_loss(v_theta, x_t, v, *, t, y=None):
     """Conditional flow matching (Lipman et al., arXiv 2210.02747): the squared distance of v_theta(x_t, t=t) from v, a
-    noisy target whose mean given x_t is learned. Arguments, and what is returned, as in `meanflow_loss`."""
+    noisy target whose mean given x_t is learned. An adaptive weight would move the fit away from that mean.
+    Arguments, and what is returned, as in `meanflow_loss`."""
     err = (with_labels(v_theta, y)(x_t, t=t) - v).square().flatten(1).sum(dim=1)  # (B,)
     return err.mean(), err
 
@@ -108,10 +107,11 @@ def flow_matching_loss(v_theta, x_t, v, *, t, y=None):
 
 
 def equal_steps(eps, steps):
-    """[(t, r), ...]: where each of `steps` equal steps from t = 1 to 0 starts and ends, (B,) each. ValueError: < 1."""
+    """Steps from t = 1 to 0 as [(t, r), ...], (B,) each: for 2 steps (1, 0.5) and (0.5, 0). ValueError: steps < 1."""
     if steps < 1:
         raise ValueError(f"sampling takes at least 1 step, not {steps}")
-    return [[eps.new_full((len(eps),), 1 - i / steps) for i in (k, k + 1)] for k in range(steps)]
+    times = [eps.new_full((len(eps),), 1 - i / steps) for i in range(steps + 1)]
+    return list(zip(times, times[1:]))
 
 
 def generate(net, eps, y=None, steps=1):
@@ -143,10 +143,10 @@ def sample_ode(velocity, eps, y=None, steps=100):
 def teacher_loss(net, generator, *, draw, null_class=None):
     """Stage 0: flow matching on eps - x_0. draw(generator) -> data x_0 (B, ...), labels y (B,) or None. One label in
     ten becomes null_class, so that the network also knows the velocity of all classes together, which guidance needs
-    (Ho & Salimans, arXiv 2207.12598)."""
+    (Ho & Salimans, arXiv 2207.12598); None, as in 2D, where there are no labels."""
     x_0, y = draw(generator)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
-    # OURS: uniform times. The edges of a density are drawn at small t, which logit-normal times seldom see.
+    # OURS: uniform times. The edges of a density are decided at small t, which logit-normal times seldom see.
     t = torch.rand(len(x_0), generator=generator, device=x_0.device)
     if null_class is not None:
         dropped = torch.rand(len(x_0), generator=generator, device=x_0.device) < 0.1  # PRIOR: DiT's share
@@ -157,12 +157,12 @@ def teacher_loss(net, generator, *, draw, null_class=None):
 
 def student_loss(net, generator, *, draw, teacher, share_spans=0.75, t_limits=(0.0, 1.0)):
     """Stage 1: MeanFlow on the frozen teacher's velocity, guided if the teacher is; with teacher None, on the data's
-    own, noisy one. draw: as in `teacher_loss`. share_spans: of `draw_times`. t_limits: the least and the greatest time
-    of the teacher; r and t are clamped to them (see models.DiTTeacher)."""
+    own, noisy one. draw: as in `teacher_loss`. share_spans: of `draw_times`. t_limits: times are clamped to them, for
+    one kind of teacher (models.DiTTeacher) does not know its velocity at the very ends."""
     x_0, y = draw(generator)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     r, t = (time.clamp(*t_limits) for time in draw_times(len(x_0), generator, share_spans=share_spans))
-    x_t = add_noise(x_0, eps, t)
+    x_t = add_noise(x_0, eps, t)  # one of the teacher's paths passes through each such point
     with torch.no_grad():
         v = eps - x_0 if teacher is None else with_labels(teacher, y)(x_t, t=t)
     loss, err = meanflow_loss(net, x_t, v, r=r, t=t, y=y)
@@ -171,7 +171,7 @@ def student_loss(net, generator, *, draw, teacher, share_spans=0.75, t_limits=(0
 
 
 def new_network(seed, what, build):
-    """build(), a network whose random weights depend on (seed, what) alone; made on the CPU, the same everywhere."""
+    """build(), a network whose random weights depend on (seed, what) alone: data.rng(*words) seeds by their hash."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng(seed, what).initial_seed())
         return build()
@@ -183,16 +183,16 @@ def learning_rate(step, steps, peak, warmup=100):
 
 
 def update(net, optimizer, loss_of, *, lr, words, parts=1, clip=20.0, amp=False):
-    """Move one network by the mean of loss_of(generator) -> (loss, log) over the parts of a batch. -> log of a part
-    Part k is drawn from rng(*words, k), whose seed is a hash of, say, (0, "td", step, k). One process takes the parts
-    in turn, which saves memory; of several (torchrun), each takes every RANKS-th. On a first reading, take parts for 1.
-    clip: the gradient's greatest norm. amp: matrix products in bf16; times, du/dt, target and loss stay in fp32."""
+    """Move one network by the gradient of loss_of(generator) -> (loss, log), and return the log.
+    At first, take it for 1 part in 1 process: the loop runs once. More parts save memory; part k is drawn from
+    rng(*words, k), and of torchrun's RANKS processes, the RANK-th takes every RANKS-th. clip: the gradient's greatest
+    norm. amp: matrix products in bf16; times, du/dt, target and loss stay in fp32."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
     device = next(net.parameters()).device
     for k in range(RANK, parts, RANKS):
-        # bf16 alone, no cache: autocast would reuse weights that it cast without a graph in a pass that needs one
+        # no cache: with bf16, autocast would reuse weights that it cast without a graph in a pass that needs one
         with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):
             loss, log = loss_of(rng(*words, k, device=device))
         (loss / parts).backward()
@@ -212,17 +212,17 @@ def update_ema(ema, net, step, decay=0.999):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), weight)
 
 
-# OURS: stage 1 has no momentum. If the student errs by e, u_theta = u + e, the target is u - (t - r) de/dt, so a step
-# goes along -(e + (t - r) de/dt). The second part rotates e, and momentum repeats directions that are out of date.
+# OURS: no momentum in stage 1, where it makes TD worse in 2D (README, "Three things to try"). The target moves with the
+# student, so a step follows no gradient of a fixed loss, and momentum repeats directions that are out of date.
 NO_MOMENTUM = 0.0, 0.99  # Adam's betas; 0.99 is a memory of 100 updates
 
 
 def train(path, net, loss_of, *, steps, lr, seed=0, betas=(0.9, 0.99), ema_decay=0.999, config=None, look=None,
           look_every=500, **how):  # fmt: skip
     """Train `net` by loss_of(net, generator) -> (loss, log); return its average network (EMA), frozen.
-    path: the stage's file. The loop is in `data.go_on`, which calls one_step(k) for each k, saves and resumes. lr: the
-    peak of Adam's rate. betas: Adam's. config: what the file says of its making, besides these. look(ema, n): draws a
-    picture after n updates, every look_every. how: clip, parts and amp of `update`."""
+    The loop is data.go_on: `for k in range(steps): one_step(k)`, with saving and resuming. lr: the peak of Adam's rate.
+    betas: Adam's. how: clip, parts and amp of `update`. The rest is bookkeeping: path, the stage's file; config, what
+    it says of its making; look(ema, n), which draws a picture after n updates, every look_every."""
     optimizer = torch.optim.Adam(net.parameters(), betas=betas, fused=True)
     ema = copy.deepcopy(net).requires_grad_(False)
 

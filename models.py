@@ -6,13 +6,14 @@
     x0_hat  = x_t - t v                eps_hat = x_t + (1 - t) v
     score   = -eps_hat / t             the gradient of log p_t(x_t)
 
-    u(x_t, r, t) = 1/(t - r) * integral_r^t v(x_s, s) ds,   r <= t       the AVERAGE velocity of MeanFlow
+    u(x_t, r, t) = 1/(t - r) * integral_r^t v(x_s, s) ds,   r <= t       the AVERAGE velocity of MeanFlow; x_s here
+                                                                         solves dx/ds = v and passes through x_t
     x_r = x_t - (t - r) u(x_t, r, t)                                     so one step is x_0 = eps - u(eps, 0, 1)
 
 A network with a single time, net(x_t, t=t), is a velocity field v: a teacher, or the fake branch of DMD. A network with
 two_times=True, net(x_t, t=t, r=r), is an average velocity u: a student. At r = t, u is v. On images a student starts
 from its teacher's weights; the students of toy2d.py are smaller than their teacher, and start at random.
-Times are tensors (B,); networks take them by keyword only, and so labels, y=, which the 2D network ignores.
+Times are tensors (B,). Networks take them by keyword only, and labels too, as y=, which the 2D network ignores.
 
 Tags in all files: PAPER, from Cheng et al., arXiv 2511.08930; PRIOR, from earlier work; OURS, our choice, which the
 paper does not state; DIFFERS, departs from a source; TRY, a place to play.
@@ -63,25 +64,19 @@ def score_from_velocity(x_t, t, v):
 
 
 def with_labels(net, y):
-    """net with its labels y (B,) in place; without labels, net as it is, which may be any function of x_t and t."""
+    """net with its labels y (B,) in place; without labels, net as it is."""
     return net if y is None else partial(net, y=y)
-
-
-def autocast_off(x):
-    """A context in which autocast does not lower the precision of work on x's device; "meta" has no autocast."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 # --- Forward mode ----------------------------------------------------------------------------------------------------
 #
 # du/dt is one pass of dual numbers: a tensor x goes through the network together with its tangent dx, a direction, and
 # f turns the pair (x, dx) into (f(x), J dx), J being its Jacobian. make_dual joins a pair, unpack_dual parts it. Torch
-# has a rule for each operation, but is wasteful for linear layers, softmax and LayerNorm. `Linear` and, for images,
-# `symmetric` give the same in a pass that costs 2.4 plain ones, not 3.2 (33 M parameters, 256 tokens, one core).
+# has a rule for each operation. Ours for linear layers is cheaper, and no more: at first, take Linear for nn.Linear.
 
 
 def linear(x, weight, bias=None):
-    """W x + b, whose tangent is one product, W dx. Torch's rule adds a second, of x with a dW of zeros."""
+    """W x + b, whose tangent is one product, W dx: torch's rule adds a second, of x with a dW of zeros."""
     x, dx = forward_ad.unpack_dual(x)
     y = F.linear(x, weight, bias)
     return y if dx is None else forward_ad.make_dual(y, F.linear(dx, weight))
@@ -99,7 +94,7 @@ class Linear(nn.Linear):
 
 def sinusoids(a, frequencies):
     """Features [a, sin(f a), cos(f a)] of each column of a (B, D), at K frequencies in rad/unit: (B, D (1 + 2K))."""
-    phase = linear(a[:, :, None], frequencies[:, None]).flatten(1)  # a * f for each of them: (B, D K)
+    phase = linear(a[:, :, None], frequencies[:, None]).flatten(1)  # a times each of the frequencies: (B, D K)
     return torch.cat([a, phase.sin(), phase.cos()], dim=1)
 
 
@@ -112,14 +107,14 @@ class VelocityMLP(nn.Module):
         super().__init__()
         self.two_times = two_times
         # OURS: a student differentiates through its time features, and du/dt grows with the highest frequency.
-        # 2^5 pi/2 = 50 rad per unit of t is fast enough for the data's edges, at t near 0, and slow enough for the
-        # tangent. The points get features too: a plain MLP blurs the edges of the board.
+        # 2^5 pi/2 = 50 rad per unit of t is high enough to resolve small t, where the data's edges are decided, and low
+        # enough to keep du/dt small. The points get features too: a plain MLP blurs the edges of the board.
         self.register_buffer("time_frequencies", math.pi / 2 * 2.0 ** torch.arange(6), persistent=False)
         self.register_buffer("space_frequencies", 2.0 ** torch.arange(3), persistent=False)
         time_features = 1 + 2 * len(self.time_frequencies)
         self.embed_x = Linear(dim * (1 + 2 * len(self.space_frequencies)), width)
         self.embed_t = Linear(time_features, width)
-        if two_times:  # starts at zero, as image students do
+        if two_times:  # starts at zero: at first u does not depend on r
             self.embed_span = Linear(time_features, width, bias=False)
             nn.init.zeros_(self.embed_span.weight)
         self.hidden = nn.ModuleList(Linear(width, width) for _ in range(depth))
@@ -173,12 +168,18 @@ def at_least_fp32(x):
 
 def symmetric(f, x):
     """f(x), for an f whose Jacobian J is symmetric: softmax, or LayerNorm without a gain. Its tangent J dx is then
-    J^T dx: the backward pass, one kernel, where torch's forward mode takes ten."""
+    J^T dx: the backward pass, one kernel, where torch's forward mode takes ten. With this and `Linear`, a pass with a
+    tangent costs 2.4 plain ones, not 3.2 (33 M parameters, 256 tokens, one core)."""
     x, dx = forward_ad.unpack_dual(x)
     if dx is None:
         return f(x)
     y, backward = torch.func.vjp(f, x)
     return forward_ad.make_dual(y, *backward(dx))
+
+
+def autocast_off(x):
+    """A context in which autocast does not lower the precision of work on x's device; "meta" has no autocast."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def attention(q, k, v):

@@ -6,14 +6,13 @@
 It leaves pictures, results.json and a csv for each training in runs/toy2d/. The same command again goes on, or redraws.
 
 1. A teacher learns the velocity field of a density by flow matching. It samples by Heun's method, with 64 calls.
-2. The bottleneck. Students of many sizes learn the teacher's average velocity by MeanFlow (TD, meanflow_td.py) and
-   sample with ONE call. How close to the teacher's own sample of the same noise (replay error), how close to the data
-   (sliced Wasserstein-2), and how many samples lie inside the support? Bigger is better, but not by enough: the map
-   from noise to data has cliffs where the path chooses between two squares, and a smooth network builds bridges there.
-3. The way past. A SMALL student takes the first part of its updates from TD, the others from distribution matching and
-   an adversarial loss (dmd_refine.py, awd.py). A noise point may now become another sample than the teacher's, as long
-   as all samples together have the right distribution: a small network can do that.
+2. The bottleneck. Students of many sizes learn its average velocity (TD, meanflow_td.py) and sample with ONE call.
+   Bigger is better, but not by enough: where the path chooses between two squares, they build bridges.
+3. The way past. A SMALL student takes half of its updates from TD, the others from stage 2 (dmd_refine.py, awd.py).
 4. The controls: no TD, or a discriminator that averages its tokens. Does the start matter? DMD alone from three starts.
+
+Measures: how near a sample is to the teacher's of the same noise (replay error), how near all samples together are to
+the data (sliced Wasserstein-2), and how many lie inside the squares.
 
 PAPER: figure 3, where quality of TD rises with size, and 50 times the size does not close the gap. OURS: density,
 networks and budget, which the paper does not give. The tokens that the discriminator weighs are the teacher's hidden
@@ -39,8 +38,7 @@ from models import VelocityMLP, add_noise, expand_times
 
 DEPTH, TEACHER_WIDTH, TAPS = 3, 96, (0, 1, 2)  # hidden layers of all networks; TAPS: read by the discriminator
 HD_WIDTH, WIDTHS = 48, (168, 88, 48, 30, 18)  # of students: 92,570 to 1,820 parameters; HD has 9,170
-# A run is one of these two, with what to draw ("data") and where to write ("out"). More constants stand at the end:
-# DENSITIES; MARKS, the updates at which pictures look; WATCHED, the trainings that they look at; MEASURES, their axes.
+# A run is one of these two, with what to draw, "data", and where to write, "out".
 DEFAULT = dict(teacher_steps=6000, td_steps=1900, refine_steps=1900, samples=100_000, ode_steps=32)
 QUICK = dict(teacher_steps=150, td_steps=80, refine_steps=80, samples=2000, ode_steps=8)
 
@@ -59,7 +57,11 @@ def square_of(x):
     """Which of the 8 squares holds a point x (n, 2): (n,)."""
     column, row = torch.floor(x + 2).long().unbind(1)
     on_board = (column >= 0) & (column < 4) & (row >= 0) & (row < 4) & ((row + column) % 2 == 0)
-    return torch.where(on_board, 2 * row + column // 2, -1)
+    return torch.where(on_board, 2 * row + column // 2, -1)  # the number that `checkerboard` gives the square
+
+
+# By name: how to draw it, which part of it holds a point, how many parts. Rings and spirals follow at the end.
+DENSITIES = {"checkerboard": (checkerboard, square_of, 8)}
 
 
 def draw(data, batch, generator):
@@ -68,7 +70,6 @@ def draw(data, batch, generator):
 
 
 # --- How good is a sample? -------------------------------------------------------------------------------------------
-LAST = 99_999  # in the name of a file, the end of a training, however many updates it has
 
 
 def sorted_projections(x, count=128):
@@ -102,30 +103,8 @@ def measure(x, data, x_teacher):
             "replay_error": (x - x_teacher).square().sum(dim=1).mean().item()}  # fmt: skip
 
 
-def keep(run, seed, name, net, n, sampler=sample):
-    """Measure a network after n updates, if a picture looks then, and keep that for `load_kept`. -> its measures"""
-    if n != LAST and not (name in WATCHED and {n, n - run["td_steps"]} & {*MARKS}):
-        return None
-    eps, _ = reference(run["data"], run["samples"])
-    x = torch.cat([sampler(net, block) for block in eps.split(1024)])  # blocks that fit into a CPU's cache
-    measures = measure(x, run["data"], x if name == "teacher" else load_kept(run, seed, "teacher")["x"])
-    save(run["out"] / f"seed{seed}-{name}" / f"{n:05d}.pt", {"x": x, **measures})
-    return measures
-
-
-def load_kept(run, seed, name, n=LAST):
-    """What was kept of a training after n updates, or the last before: samples "x", and their measures by name."""
-    there = sorted((run["out"] / f"seed{seed}-{name}").glob("*.pt"))
-    return load([path for path in there if int(path.stem) <= n][-1], "run toy2d.py again")
-
-
-def result(run, seed, name, what, net, updates, sampler=sample, nfe=1):
-    """A row of results.json for a trained network: what was run, its calls for one sample (nfe), its measures."""
-    return {"what": what, "name": name, "seed": seed, "width": net.out.in_features, "nfe": nfe, "updates": updates,
-            "parameters": sum(p.numel() for p in net.parameters()), **keep(run, seed, name, net, LAST, sampler)}
-
-
 # --- The trainings: each is a job for one process, and leaves one file -----------------------------------------------
+# `keep` and `result`, at the end, measure a network and write down what came out.
 
 
 def teacher_of(run, seed):
@@ -184,10 +163,10 @@ def refined_row(run, job):
 
 def story(run, seeds):
     """Teachers, their students by TD, stage 2; then the table and the pictures."""
-    out, first, second = run["out"], run["td_steps"], run["refine_steps"]
+    first, second = run["td_steps"], run["refine_steps"]
     # data against data: as near as that many samples can come
     others = [(seed, DENSITIES[run["data"]][0](run["samples"], rng(seed, "other data"))) for seed in seeds]
-    rows = [{"what": "data", "name": "data", "seed": seed, **measure(x, run["data"], x)} for seed, x in others]
+    rows = [{"what": "data", "name": "data", "seed": seed, "nfe": 0} | measure(x, run["data"], x) for seed, x in others]
     rows += processes().map(partial(teacher_row, run), seeds)
 
     # seed, name, what it is, width, updates. First the largest student, trained longer: is the gap one of training?
@@ -204,21 +183,9 @@ def story(run, seeds):
                 ("td-mean", "TD + DMD + GAN, mean pooling", "td", "mean", second),
                 ("td-dmd", "TD + DMD", "td", "none", second),
                 ("dmd-short", "DMD, no TD, stage 2 alone", "random", "none", second),
-                ("dmd-far", "DMD, from far off", "far", "none", second)]  # fmt: skip
+                ("dmd-far", "DMD, from far off", "far", "none", second)]  # far: no overlap at first  # fmt: skip
     rows += processes().map(partial(refined_row, run), [(seed, *variant) for variant in variants for seed in seeds])
-
-    report(out / "results.json", rows, FACTS, [*MEASURES, "smallest_part", "largest_part"])
-    plot_curves(out / "bottleneck.png", rows, "parameters", MEASURES, BOTTLENECK,
-                "The bottleneck: students of one call against their size. Their teacher makes many calls")  # fmt: skip
-    two = {key: MEASURES[key] for key in ("share_inside", "sliced_w2")}
-    marks = [row | {"updates": n} | {key: load_kept(run, row["seed"], row["name"], n)[key] for key in two}
-             for row in rows if row["name"] in ("td-dmd", "dmd-short", "dmd-far") for n in MARKS if n <= second]
-    report(out / "start.json", marks, FACTS, two)
-    plot_curves(out / "start.png", marks + [row for row in rows if row["name"] == "dmd"], "updates", two, START,
-                "Does the start matter? DMD alone from three starts, against the updates of stage 2")  # fmt: skip
-    colours = reference(run["data"], run["samples"])[0][:POINTS, 1].argsort().argsort()  # noise points' ranks by height
-    plot_story(out / "story.png", run, rows, colours)
-    animate(out / "toy.gif", run, colours[:SHOWN])
+    show(run, rows)
 
 
 # --- The unified view: three roads to the average velocity -----------------------------------------------------------
@@ -313,15 +280,15 @@ def curve_of(curves, x):
     return torch.where(distance < 3 * BLUR, curve, -1)
 
 
-DENSITIES = {"checkerboard": (checkerboard, square_of, 8),  # how to draw it, which part holds a point, how many parts
-             "rings": (partial(blurred, RINGS), partial(curve_of, RINGS), 3),
-             "spirals": (partial(blurred, SPIRALS), partial(curve_of, SPIRALS), 2)}  # fmt: skip
+DENSITIES |= {"rings": (partial(blurred, RINGS), partial(curve_of, RINGS), 3),
+              "spirals": (partial(blurred, SPIRALS), partial(curve_of, SPIRALS), 2)}  # fmt: skip
 
 
-# --- Pictures: measures, with the names and the scales of their axes, and the curves of three of them -----------------
+# --- What is kept, and the pictures of it -----------------------------------------------------------------------------
 # Pictures look at the samples of these trainings after so many updates of a stage. A training without TD is as long as
 # both stages, so it is looked at again when td_steps and so many updates have passed, beside stage 2 of the others.
 WATCHED = ("td-start", "hd", "dmd-awd", "td-dmd", "dmd-short", "dmd-far")
+LAST = 99_999  # in the name of a file, the end of a training, however many updates it has
 MARKS = (25, 50, 100, 150, 200, 400, 800, 1900)
 POINTS, SHOWN = 5000, 2000  # samples in a picture, and in the moving one
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#888888"  # told apart by all eyes
@@ -339,6 +306,46 @@ START = {"TD + DMD": dict(color=ORANGE, marker="o"), "DMD, from far off": dict(c
 FACTS = "width", "parameters", "nfe", "updates"  # columns of the printed table, before the measures
 ROADS = {"MeanFlow": dict(color=BLUE, marker="o"), "consistency": dict(color=PINK, marker="s"),
          "progressive": dict(color=GREEN, marker="^")}  # fmt: skip
+
+
+def keep(run, seed, name, net, n, sampler=sample):
+    """Measure a network after n updates, if a picture looks then, and keep that for `load_kept`. -> its measures"""
+    if n != LAST and not (name in WATCHED and {n, n - run["td_steps"]} & {*MARKS}):
+        return None
+    eps, _ = reference(run["data"], run["samples"])
+    x = torch.cat([sampler(net, block) for block in eps.split(1024)])  # blocks that fit into a CPU's cache
+    measures = measure(x, run["data"], x if name == "teacher" else load_kept(run, seed, "teacher")["x"])
+    save(run["out"] / f"seed{seed}-{name}" / f"{n:05d}.pt", {"x": x, **measures})
+    return measures
+
+
+def load_kept(run, seed, name, n=LAST):
+    """What was kept of a training after n updates, or the last before: samples "x", and their measures by name."""
+    there = sorted((run["out"] / f"seed{seed}-{name}").glob("*.pt"))
+    return load([path for path in there if int(path.stem) <= n][-1], "run toy2d.py again")
+
+
+def result(run, seed, name, what, net, updates, sampler=sample, nfe=1):
+    """A row of results.json for a trained network: what was run, its calls for one sample (nfe), its measures."""
+    return {"what": what, "name": name, "seed": seed, "width": net.out.in_features, "nfe": nfe, "updates": updates,
+            "parameters": sum(p.numel() for p in net.parameters()), **keep(run, seed, name, net, LAST, sampler)}
+
+
+def show(run, rows):
+    """The table and the pictures of the story."""
+    out, second = run["out"], run["refine_steps"]
+    report(out / "results.json", rows, FACTS, [*MEASURES, "smallest_part", "largest_part"])
+    plot_curves(out / "bottleneck.png", rows, "parameters", MEASURES, BOTTLENECK,
+                "The bottleneck: students of one call against their size. Their teacher makes many calls")  # fmt: skip
+    two = {key: MEASURES[key] for key in ("share_inside", "sliced_w2")}
+    marks = [row | {"updates": n} | {key: load_kept(run, row["seed"], row["name"], n)[key] for key in two}
+             for row in rows if row["name"] in ("td-dmd", "dmd-short", "dmd-far") for n in MARKS if n <= second]
+    report(out / "start.json", marks, FACTS, two)
+    plot_curves(out / "start.png", marks + [row for row in rows if row["name"] == "dmd"], "updates", two, START,
+                "Does the start matter? DMD alone from three starts, against the updates of stage 2")  # fmt: skip
+    colours = reference(run["data"], run["samples"])[0][:POINTS, 1].argsort().argsort()  # noise points' ranks by height
+    plot_story(out / "story.png", run, rows, colours)
+    animate(out / "toy.gif", run, colours[:SHOWN])
 
 
 def scatter(axis, one, colours, title):
