@@ -17,8 +17,9 @@ the layer's gain is at most 1 (PRIOR: Miyato et al., arXiv 1802.05957). Keys and
 The baseline, pooling="mean", is the same head with a_i = 1/N. Nothing else differs between the two.
 PRIOR: the hinge loss (LADD). OURS: the layers and the head's width, which the paper does not state.
 
-    logits = AdaptiveWeightedDiscriminator(dims=[128])(features)      features: [(B, N, 128)], of one tapped layer;
-                                                                      in 2D its N tokens are the N tapped layers
+    logits = AdaptiveWeightedDiscriminator(dims=[128])(features)      features: [(B, N, 128)]. On images, one entry for
+                                                                      each tapped layer, its tokens the patches; in 2D
+                                                                      a single one, whose tokens are the tapped layers
     loss_d = discriminator_hinge(logits of data, logits of samples);  loss_g = generator_hinge(logits of samples)
 """
 
@@ -53,8 +54,7 @@ class TokenHead(nn.Module):
     def forward(self, tokens):
         tokens = self.norm_tokens(tokens)  # (B, N, C)
         a = self.weights(tokens)  # (B, N)
-        # pooled = sum_i a_i z_i. The same at 1/N of the work: sum_i a_i (W f_i + b) = W (sum_i a_i f_i) + b,
-        # since the weights sum to one
+        # pooled = sum_i a_i z_i, at 1/N of the work: sum_i a_i (W f_i + b) = W (sum_i a_i f_i) + b
         pooled = self.values((a[:, :, None] * tokens).sum(dim=1))  # (B, C)
         return self.logit(F.leaky_relu(self.hidden(self.norm_pooled(pooled)), 0.2)).squeeze(1)  # (B,)
 
@@ -74,8 +74,8 @@ class AdaptiveWeightedDiscriminator(nn.Module):
 
     @torch.no_grad()
     def power_iteration(self):
-        """Bring the spectral norms a step further, once before each update of the discriminator, and hold them. Torch
-        takes a step whenever such a weight is read in training mode; parts of a batch would then see other weights."""
+        """Bookkeeping of spectral_norm, to skip at first. Torch improves its estimates whenever a weight is read in
+        training mode. We allow it once, before each update, so that all passes of an update see the same weights."""
         self.train()
         for head in self.heads:
             _ = head.values.weight, head.hidden.weight, head.logit.weight  # to read is to step

@@ -3,8 +3,7 @@
 Stage 1 maps each noise point to the teacher's own sample of it. A small network can't do this for all points. This
 stage drops it: WHICH sample a noise point becomes no longer matters, only that all samples together have the teacher's
 distribution. For that, minimise KL(student || teacher) = E[log p_student - log p_teacher] on noised samples. When a
-sample moves, the KL changes by the difference of the two scores (Yin et al., arXiv 2311.18828). (That p_student changes
-with the student's weights adds nothing: E[d log p_student / d weights] = 0.)
+sample moves, the KL changes by the difference of the two scores (Yin et al., arXiv 2311.18828).
 
     x_gen = eps - u(eps, 0, 1)                        the student's sample, one call
     x_t   = (1 - t) x_gen + t noise                   t in [0.02, 0.98]
@@ -12,8 +11,9 @@ with the student's weights adds nothing: E[d log p_student / d weights] = 0.)
     x0_fake = x_t - t v_fake(x_t, t)                  the fake branch's, which knows the STUDENT's distribution
     grad  = (x0_fake - x0_real) / mean|x_gen - x0_real|
 
-A score is -eps_hat/t = -(x_t - (1 - t) x0_guess)/t^2, so score_fake - score_real = (1 - t)/t^2 (x0_fake - x0_real),
-and x_t moves by 1 - t as x_gen moves by 1: grad is the gradient of the KL up to a factor for each sample.
+A score is -eps_hat/t, and eps_hat = (x_t - (1 - t) x0_hat)/t, so score_fake - score_real = (1 - t)/t^2 (x0_fake -
+x0_real). x_t moves by 1 - t as x_gen moves by 1. So grad is the gradient of the KL up to a factor for each sample. (As
+the weights move, p_student itself changes too, but that adds nothing: E[d log p_student / d weights] = 0.)
 The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen. It always lags a
 little behind the student, and each score is good only where its network has seen samples, so the two distributions
 should overlap from the start: that is the paper's reason for stage 1.
@@ -52,8 +52,8 @@ from models import DiT, add_noise, autocast_off, expand_times, student_from_teac
 
 # --- The losses ------------------------------------------------------------------------------------------------------
 
-# PRIOR: DMD (arXiv 2311.18828). Near t = 0 both guesses are x_t itself, near t = 1 each is the mean of its whole
-# distribution, wherever x_gen lies: there the difference of the two says nothing about x_gen.
+# PRIOR: DMD (arXiv 2311.18828). At both ends the difference of the two guesses says nothing about x_gen: near t = 0
+# both are x_t itself, near t = 1 each is the mean of its whole distribution, wherever x_gen lies.
 T_DMD = 0.02, 0.98
 # OURS: the discriminator's times. A local defect, an edge too soft, drowns in more noise than this: see `probe`.
 T_ADV = 0.02, 0.15
@@ -61,11 +61,9 @@ T_ADV = 0.02, 0.15
 
 def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake, normalize=True):
     """The direction in which x_gen should NOT go: (x0_fake - x0_real) / mean|x_gen - x0_real|, for each sample.
-
     x_gen, its noised x_t, and both velocities at (x_t, t): (B, ...); t (B,). Returns (B, ...).
-    Not normalised (normalize=False, for a test), multiplied by (1 - t)^2/t^2 and averaged over the noise, this is the
-    exact gradient of KL(p_gen,t || p_real,t) by x_gen, if both velocities are exact. The normaliser instead gives all
-    noise levels about the same weight. PRIOR: DMD (arXiv 2311.18828, eq. 8), without its factor 1 - t, as in DMD2."""
+    The normaliser gives all noise levels about the same weight. PRIOR: DMD (arXiv 2311.18828, eq. 8), without a factor
+    1 - t, as in DMD2. normalize=False is for a test: times (1 - t)^2/t^2, this is the exact gradient of the KL."""
     x0_real = x0_from_velocity(x_t, t, v_real)
     x0_fake = x0_from_velocity(x_t, t, v_fake)
     grad = x0_fake - x0_real
@@ -105,9 +103,18 @@ def discriminator_loss(discriminator, teacher, x_data, x_gen, y, generator, *, t
     return discriminator_hinge(logit_data, logit_gen), log
 
 
+def adversarial_pull(teacher, discriminator, x_gen, y, generator, *, lambda_adv, taps):
+    """lambda_adv L_adv of samples x_gen (B, ...), and its gradient on them (B, ...)."""
+    x = x_gen.detach().requires_grad_()
+    x_t, _, t = noised(x, generator, T_ADV)
+    features = teacher.features(x_t, t=t, y=y, taps=taps)
+    with autocast_off(x):
+        adv = lambda_adv * generator_hinge(discriminator(features))
+        return adv.detach(), torch.autograd.grad(adv, x)[0]
+
+
 def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_adv, taps):
     """L_G = L_DMD + lambda_adv L_adv for samples x_gen (B, ...) with their graph. discriminator None: L_DMD alone.
-
     Logs the mean norm of `grad` over the samples, the mean and spread of x_gen, and how hard each term pulls at x_gen:
     pull_dmd and pull_adv are the norms of their gradients on it, the second with lambda_adv."""
     x_t, _, t = noised(x_gen, generator, T_DMD)
@@ -118,16 +125,9 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_
            "gen_mean": x_gen.mean(), "gen_std": x_gen.std()}  # fmt: skip
     loss = dmd_loss(x_gen, grad)  # its gradient on x_gen has the norm pull_dmd
     if discriminator is not None:
-        # The same as loss + lambda_adv * generator_hinge(...) on x_gen. But to log this term's pull on its own, its
-        # gradient is taken up to x_gen here, and reaches the student by a term of value 0.
-        x = x_gen.detach().requires_grad_()
-        x_t, _, t = noised(x, generator, T_ADV)
-        features = teacher.features(x_t, t=t, y=y, taps=taps)
-        with autocast_off(x):
-            adv = lambda_adv * generator_hinge(discriminator(features))
-            pull = torch.autograd.grad(adv, x)[0]
+        adv, pull = adversarial_pull(teacher, discriminator, x_gen, y, generator, lambda_adv=lambda_adv, taps=taps)
         log["pull_adv"] = pull.norm()
-        loss = loss + adv.detach() + ((x_gen - x.detach()) * pull).sum()
+        loss = loss + adv + ((x_gen - x_gen.detach()) * pull).sum()  # the last term is 0, and its gradient is pull
     return loss, log
 
 
@@ -141,7 +141,7 @@ def refine(path, student, teacher, fake, discriminator, draw, *, steps, lr=RATES
     """Train the student by L_G, with its two helpers; return its average network (EMA), frozen.
 
     student: a network u(x_t, r, t), from stage 1 (or without it, for the control). teacher: frozen, guided or not.
-    fake: a copy of it, which is trained; never guided, since the student's samples have any guidance in them.
+    fake: a copy of it, which is trained; never guided, since the student's samples contain the guidance.
     discriminator: an awd.AdaptiveWeightedDiscriminator for the layers `taps` of the teacher, or None.
     draw(generator) -> x_data (B, ...), y (B,) or None. fake_updates: for each of the student's (PRIOR: DMD2's
     two-time-scale rule, there 5; OURS: 2, since small networks learn fast). make: how x_gen is made, in one call here.
@@ -152,6 +152,27 @@ def refine(path, student, teacher, fake, discriminator, draw, *, steps, lr=RATES
                   for name, net in players.items()}  # fmt: skip
     ema = copy.deepcopy(student).requires_grad_(False)
 
+    for net in players.values():
+        net.requires_grad_(True)
+
+    def loss_of(name, generator):
+        """The loss of one player. x_gen has a graph only where the student is to learn."""
+        x_data, y = draw(generator)
+        with torch.set_grad_enabled(name == "student"):
+            x_gen = make(student, torch.randn(x_data.shape, generator=generator, device=x_data.device), y)
+        if name == "fake":
+            return fake_loss(fake, x_gen, y, generator)
+        if name == "discriminator":
+            return discriminator_loss(discriminator, teacher, x_data, x_gen, y, generator, taps=taps)
+        return generator_loss(teacher, fake, discriminator, x_gen, y, generator, lambda_adv=lambda_adv, taps=taps)
+
+    def move(name, k, again=0):
+        """One update of one player, the `again`-th in a step. -> its log"""
+        log = update(players[name], optimizers[f"{name} optimizer"], partial(loss_of, name),
+                     lr=learning_rate(k, steps, lr[name]), words=(seed, path.stem, name, k, again), **how)  # fmt: skip
+        prefix = {"student": "", "fake": "fake_", "discriminator": "d_"}[name]
+        return {prefix + key: value for key, value in log.items()}
+
     def one_step(k):
         for again in range(fake_updates):
             log = move("fake", k, again)
@@ -161,25 +182,6 @@ def refine(path, student, teacher, fake, discriminator, draw, *, steps, lr=RATES
         log = move("student", k) | log
         update_ema(ema, student, k, ema_decay)
         return log
-
-    def move(name, k, again=0):
-        """One update of one player, the `again`-th in a step. Gradients flow through other networks, not into them."""
-        for other, net in players.items():
-            net.requires_grad_(other == name)
-        log = update(players[name], optimizers[f"{name} optimizer"], partial(loss_of, name),
-                     lr=learning_rate(k, steps, lr[name]), words=(seed, path.stem, name, k, again), **how)  # fmt: skip
-        prefix = {"student": "", "fake": "fake_", "discriminator": "d_"}[name]
-        return {prefix + key: value for key, value in log.items()}
-
-    def loss_of(name, generator):
-        """The loss of one player. x_gen has a graph where the student is the one that `move` has not frozen."""
-        x_data, y = draw(generator)
-        x_gen = make(student, torch.randn(x_data.shape, generator=generator, device=x_data.device), y)
-        if name == "fake":
-            return fake_loss(fake, x_gen, y, generator)
-        if name == "discriminator":
-            return discriminator_loss(discriminator, teacher, x_data, x_gen, y, generator, taps=taps)
-        return generator_loss(teacher, fake, discriminator, x_gen, y, generator, lambda_adv=lambda_adv, taps=taps)
 
     config = {**(config or {}), "seed": seed, "taps": taps, "lambda_adv": lambda_adv, "lr": lr,
               "fake_updates": fake_updates, "clip": how.get("clip"), "parts": how.get("parts", 1)}  # fmt: skip
@@ -266,7 +268,6 @@ def blur_patch(x, generator):
 
 def probe(path, draw, student, teacher, build, *, taps, levels, images, updates):
     """Train discriminators on what stands still, and draw how well they tell it.
-
     Data from the samples of a fixed student, and clean data from data with one blurred patch, at each noise level t.
     build(pooling) -> a discriminator. path: of the picture; the AUC (area under the ROC curve: 0.5 is a guess, 1 is
     always right) is of the last quarter of the images, which were not trained on."""
@@ -311,9 +312,8 @@ def probe(path, draw, student, teacher, build, *, taps, levels, images, updates)
 # At twice this lr samples vary less (recall 0.71, not 0.80). All on seed 3, 500 updates.
 GLYPHS = dict(batch=32, steps=2000, taps=(1, 3), lambda_adv=3e-3, fake_updates=2, clip=10.0,
               lr={"student": 1e-3, "fake": 1e-3, "discriminator": 5e-3})  # fmt: skip
-# PRIOR: lr, fake_updates, clip and lambda_adv are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official code); the
-# batch is close to its 280. OURS: steps, the discriminator's lr, the taps: four blocks, evenly spread over the 28 of an
-# XL/2. The paper states none of them.
+# PRIOR: lr, fake_updates, clip and lambda_adv are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official code).
+# OURS: batch, steps, the discriminator's lr, the taps: four blocks, evenly spread over the 28 of an XL/2.
 IMAGENET = dict(batch=256, steps=50_000, taps=(6, 13, 20, 27), lambda_adv=3e-3, fake_updates=5, clip=10.0,
                 lr={"student": 2e-6, "fake": 2e-6, "discriminator": 1e-4})  # fmt: skip
 PRESETS = {"glyphs": GLYPHS, "folder": GLYPHS, "imagenet": IMAGENET}

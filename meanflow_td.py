@@ -17,8 +17,8 @@ Jacobian-vector product), with the tangents (v, 0, 1) for (x, r, t). The right s
 things follow:
 
 - At r = t the identity says u = v: MeanFlow with r = t is flow matching.
-- MeanFlow itself, without a teacher, takes eps - x_0 for v, a noisy sample of it. The teacher's v makes the target
-  exact. If v is guided, so is the student: guidance is in its one call.
+- MeanFlow itself, without a teacher, takes eps - x_0 for v, a noisy sample of it. The teacher's v has no noise. If v is
+  guided, so is the student: guidance is in its one call.
 
 What this stage leaves behind: the map from noise to data is steep wherever the path decides between two modes. A
 finite network smooths these places, and samples fall between the modes (toy2d.py). Stage 2, dmd_refine.py, mends it.
@@ -51,10 +51,10 @@ from models import (DiT, DiTTeacher, SiTTeacher, Velocity, add_noise, autocast_o
 
 def draw_times(batch, generator, *, share_spans=0.75, share_to_data=0.3):
     """Times r <= t, each (batch,): the first share_spans of the rows span r < t, the others have r = t.
-    The spans alone need du/dt; the others have the target v itself, the anchor of the identity. Of the spans,
-    share_to_data reach down to r = 0, as a one-step sample does. TRY: 1.0, nearly consistency distillation."""
-    # DIFFERS: MeanFlow (arXiv 2505.13447) draws both times from sigmoid(N(-0.4, 1)), which all but never reach r = 0 or
-    # t = 1, where a one-step sample ends and starts; 25 % of its rows are spans.
+    The spans alone need du/dt; the others have the target v itself. Of the spans, share_to_data reach down to r = 0, as
+    a one-step sample does. TRY: share_to_data=1.0, see the README."""
+    # DIFFERS: MeanFlow (arXiv 2505.13447) draws both times from sigmoid(N(-0.4, 1)), which hardly ever comes near 0 and
+    # 1, the two that a one-step sample uses; 25 % of its rows are spans.
     r, t = torch.rand(batch, 2, generator=generator, device=generator.device).sort(dim=1).values.unbind(1)
     to_data = torch.rand(batch, generator=generator, device=generator.device) < share_to_data
     r = torch.where(to_data, 0.0, r)
@@ -73,10 +73,10 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
     du_dt, rows = torch.zeros_like(v), (r < t).nonzero().squeeze(1)
     if len(rows):
         u_labelled = with_labels(u_theta, None if y is None else y[rows])
-        with torch.no_grad(), forward_ad.dual_level():  # no graph: the target is fixed. Tangents pass
+        with torch.no_grad(), forward_ad.dual_level():  # no_grad stops backward mode only
             # du/dt = v . grad_x u + 0 d_r u + 1 d_t u : the tangents of (x, r, t) are (v, 0, 1)
             x_dual = forward_ad.make_dual(x_t[rows].detach(), v[rows].detach())
-            r_dual = forward_ad.make_dual(r[rows], torch.zeros_like(r[rows]))  # for speed alone
+            r_dual = forward_ad.make_dual(r[rows], torch.zeros_like(r[rows]))  # faster than plain
             t_dual = forward_ad.make_dual(t[rows], torch.ones_like(t[rows]))
             with autocast_off(v):  # bf16 would make du/dt wrong by a percent
                 u = u_labelled(x_dual, t=t_dual, r=r_dual)
@@ -86,9 +86,9 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
 
 
 def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2):
-    """MeanFlow's loss: the student's squared distance from u_target, adaptively weighted (arXiv 2505.13447, Sec. 4).
-    Arguments as in `meanflow_target`. Returns the scalar loss and err (B,), the raw squared error, a sum for each row.
-    Watch err: at p = 1 the weighted loss is about 1 as long as err is far above c.
+    """MeanFlow's loss: the student's squared distance from u_target (arXiv 2505.13447, Sec. 4), adaptively weighted so
+    that rows far off do not rule the batch. Arguments as in `meanflow_target`. Returns the scalar loss; err (B,), the
+    raw squared error, a sum for each row. Watch err: at p = 1 the loss is about 1 as long as err is far above c.
     p, c: the weight 1/(err + c)^p, without gradient. PRIOR: p = 1, c = 1e-2 (MeanFlow's official code)."""
     u_target, _ = meanflow_target(u_theta, x_t, v, r=r, t=t, y=y)
     err = (with_labels(u_theta, y)(x_t, t=t, r=r) - u_target).square().flatten(1).sum(dim=1)  # (B,)
@@ -97,8 +97,8 @@ def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2):
 
 def flow_matching_loss(v_theta, x_t, v, *, t, y=None):
     """Conditional flow matching (Lipman et al., arXiv 2210.02747): the squared distance of v_theta(x_t, t=t) from v, a
-    noisy target whose mean given x_t is learned. An adaptive weight would move the fit away from that mean.
-    Arguments, and what is returned, as in `meanflow_loss`."""
+    noisy target whose mean given x_t is learned; an adaptive weight would miss it. Arguments, and what is returned, as
+    in `meanflow_loss`."""
     err = (with_labels(v_theta, y)(x_t, t=t) - v).square().flatten(1).sum(dim=1)  # (B,)
     return err.mean(), err
 
@@ -137,13 +137,13 @@ def sample_ode(velocity, eps, y=None, steps=100):
     return x
 
 
-# --- Training: a loss draws its own data, noise and times from a generator, and returns a scalar and numbers to log ---
+# --- Training: these two draw data, noise and times from a generator, and call a loss above -> scalar, numbers to log -
 
 
 def teacher_loss(net, generator, *, draw, null_class=None):
-    """Stage 0: flow matching on eps - x_0. draw(generator) -> data x_0 (B, ...), labels y (B,) or None. One label in
-    ten becomes null_class, so that the network also knows the velocity of all classes together, which guidance needs
-    (Ho & Salimans, arXiv 2207.12598); None, as in 2D, where there are no labels."""
+    """Stage 0: flow matching on eps - x_0. draw(generator) -> data x_0 (B, ...), labels y (B,) or None.
+    null_class, for images only: one label in ten becomes this one, so that the network also knows the velocity of all
+    classes together, which guidance needs (Ho & Salimans, arXiv 2207.12598)."""
     x_0, y = draw(generator)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     # OURS: uniform times. The edges of a density are decided at small t, which logit-normal times seldom see.
@@ -157,8 +157,7 @@ def teacher_loss(net, generator, *, draw, null_class=None):
 
 def student_loss(net, generator, *, draw, teacher, share_spans=0.75, t_limits=(0.0, 1.0)):
     """Stage 1: MeanFlow on the frozen teacher's velocity, guided if the teacher is; with teacher None, on the data's
-    own, noisy one. draw: as in `teacher_loss`. share_spans: of `draw_times`. t_limits: times are clamped to them, for
-    one kind of teacher (models.DiTTeacher) does not know its velocity at the very ends."""
+    own, noisy one. draw: as in `teacher_loss`. share_spans: of `draw_times`. t_limits: for DiTTeacher's times."""
     x_0, y = draw(generator)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     r, t = (time.clamp(*t_limits) for time in draw_times(len(x_0), generator, share_spans=share_spans))
@@ -166,15 +165,8 @@ def student_loss(net, generator, *, draw, teacher, share_spans=0.75, t_limits=(0
     with torch.no_grad():
         v = eps - x_0 if teacher is None else with_labels(teacher, y)(x_t, t=t)
     loss, err = meanflow_loss(net, x_t, v, r=r, t=t, y=y)
-    # v_error: of the rows with r = t alone, where u is to be the teacher's velocity
-    return loss, {"raw_error": err.mean(), "v_error": (err * (r == t)).sum() / (r == t).sum().clamp_min(1)}
-
-
-def new_network(seed, what, build):
-    """build(), a network whose random weights depend on (seed, what) alone: data.rng(*words) seeds by their hash."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng(seed, what).initial_seed())
-        return build()
+    at_v = r == t  # rows where u is to be the teacher's velocity
+    return loss, {"raw_error": err.mean(), "v_error": (err * at_v).sum() / at_v.sum().clamp_min(1)}
 
 
 def learning_rate(step, steps, peak, warmup=100):
@@ -184,22 +176,23 @@ def learning_rate(step, steps, peak, warmup=100):
 
 def update(net, optimizer, loss_of, *, lr, words, parts=1, clip=20.0, amp=False):
     """Move one network by the gradient of loss_of(generator) -> (loss, log), and return the log.
-    At first, take it for 1 part in 1 process: the loop runs once. More parts save memory; part k is drawn from
-    rng(*words, k), and of torchrun's RANKS processes, the RANK-th takes every RANKS-th. clip: the gradient's greatest
+    In short: zero_grad, loss, backward, clip, step. words, as (0, "td", step), seed the generator. Later: parts of a
+    batch save memory; of torchrun's RANKS processes, the RANK-th takes every RANKS-th. clip: the gradient's greatest
     norm. amp: matrix products in bf16; times, du/dt, target and loss stay in fp32."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
-    device = next(net.parameters()).device
+    weights = list(net.parameters())
+    device = weights[0].device
     for k in range(RANK, parts, RANKS):
         # no cache: with bf16, autocast would reuse weights that it cast without a graph in a pass that needs one
         with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):
             loss, log = loss_of(rng(*words, k, device=device))
         (loss / parts).backward()
-    for p in net.parameters():
+    for p in weights:
         if RANKS > 1 and p.grad is not None:
             dist.all_reduce(p.grad)  # by hand: DDP's wrapper does not see a forward-mode pass, and would sum nothing
-    gradient = nn.utils.clip_grad_norm_(net.parameters(), clip)  # the norm before clipping
+    gradient = nn.utils.clip_grad_norm_(weights, clip)  # the norm before clipping
     optimizer.step()
     return {"loss": loss, **log, "gradient": gradient}
 
@@ -285,6 +278,13 @@ def open_data(data, data_dir, *, size, device, teacher=None, vae=None, cache=Non
         raise BadInput(f"{cache} has latents {latents.shape} of {len(latents.classes)} classes, and the teacher knows "
                        f"{shape} of {classes}: give the --data-dir or the --teacher that fits")  # fmt: skip
     return Source(latents.draw, shape, classes, lambda x: vae.decode(x / vae.scale)), teacher
+
+
+def new_network(seed, what, build):
+    """build(), a network whose random weights depend on (seed, what) alone: data.rng(*words) seeds by their hash."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng(seed, what).initial_seed())
+        return build()
 
 
 def load_net(path, hint, device="cpu", two_times=None):

@@ -6,9 +6,9 @@
     x0_hat  = x_t - t v                eps_hat = x_t + (1 - t) v
     score   = -eps_hat / t             the gradient of log p_t(x_t)
 
-    u(x_t, r, t) = 1/(t - r) * integral_r^t v(x_s, s) ds,   r <= t       the AVERAGE velocity of MeanFlow; x_s here
-                                                                         solves dx/ds = v and passes through x_t
+    u(x_t, r, t) = 1/(t - r) * integral_r^t v(x_s, s) ds,   r <= t       the AVERAGE velocity of MeanFlow
     x_r = x_t - (t - r) u(x_t, r, t)                                     so one step is x_0 = eps - u(eps, 0, 1)
+    In these two lines x_s is no straight line, but the solution of dx/ds = v(x, s) through x_t: the path of sampling.
 
 A network with a single time, net(x_t, t=t), is a velocity field v: a teacher, or the fake branch of DMD. A network with
 two_times=True, net(x_t, t=t, r=r), is an average velocity u: a student. At r = t, u is v. On images a student starts
@@ -72,29 +72,14 @@ def with_labels(net, y):
 #
 # du/dt is one pass of dual numbers: a tensor x goes through the network together with its tangent dx, a direction, and
 # f turns the pair (x, dx) into (f(x), J dx), J being its Jacobian. make_dual joins a pair, unpack_dual parts it. Torch
-# has a rule for each operation. Ours for linear layers is cheaper, and no more: at first, take Linear for nn.Linear.
-
-
-def linear(x, weight, bias=None):
-    """W x + b, whose tangent is one product, W dx: torch's rule adds a second, of x with a dW of zeros."""
-    x, dx = forward_ad.unpack_dual(x)
-    y = F.linear(x, weight, bias)
-    return y if dx is None else forward_ad.make_dual(y, F.linear(dx, weight))
-
-
-class Linear(nn.Linear):
-    """nn.Linear by `linear`."""
-
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
+# has a rule for each operation. `Linear` and `linear` are torch's, with a cheaper rule: see below the 2D network.
 
 # --- The 2D network --------------------------------------------------------------------------------------------------
 
 
 def sinusoids(a, frequencies):
     """Features [a, sin(f a), cos(f a)] of each column of a (B, D), at K frequencies in rad/unit: (B, D (1 + 2K))."""
-    phase = linear(a[:, :, None], frequencies[:, None]).flatten(1)  # a times each of the frequencies: (B, D K)
+    phase = linear(a[:, :, None], frequencies[:, None]).flatten(1)  # a[:, :, None] * frequencies: (B, D K)
     return torch.cat([a, phase.sin(), phase.cos()], dim=1)
 
 
@@ -136,7 +121,8 @@ class VelocityMLP(nn.Module):
         return self.out(self.layers(x_t, t, r)[-1])  # (B, dim)
 
     def features(self, x_t, *, t, y=None, taps):
-        """What awd.py's discriminator reads: a list of one (B, len(taps), width), a token for each tapped layer."""
+        """What awd.py's discriminator reads: one (B, len(taps), width), with a token for each tapped layer. A list, for
+        a DiT gives one for each layer, whose tokens are the patches."""
         hidden = self.layers(x_t, t, None)
         return [torch.stack([hidden[1 + i] for i in taps], dim=1)]
 
@@ -164,6 +150,20 @@ def chain(**layers):
 def at_least_fp32(x):
     """x in float32, or in float64 if it was in float64: half precision and integers go up, nothing goes down."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def linear(x, weight, bias=None):
+    """W x + b, whose tangent is one product, W dx: torch's rule adds a second, of x with a dW of zeros."""
+    x, dx = forward_ad.unpack_dual(x)
+    y = F.linear(x, weight, bias)
+    return y if dx is None else forward_ad.make_dual(y, F.linear(dx, weight))
+
+
+class Linear(nn.Linear):
+    """nn.Linear by `linear`."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 def symmetric(f, x):

@@ -15,8 +15,7 @@ Measures: how near a sample is to the teacher's of the same noise (replay error)
 the data (sliced Wasserstein-2), and how many lie inside the squares.
 
 PAPER: figure 3, where quality of TD rises with size, and 50 times the size does not close the gap. OURS: density,
-networks and budget, which the paper does not give. The tokens that the discriminator weighs are the teacher's hidden
-layers, not places as in images, so attention against mean pooling says little here.
+networks and budget, which the paper does not give.
 """
 
 import argparse
@@ -38,7 +37,7 @@ from models import VelocityMLP, add_noise, expand_times
 
 DEPTH, TEACHER_WIDTH, TAPS = 3, 96, (0, 1, 2)  # hidden layers of all networks; TAPS: read by the discriminator
 HD_WIDTH, WIDTHS = 48, (168, 88, 48, 30, 18)  # of students: 92,570 to 1,820 parameters; HD has 9,170
-# A run is one of these two, with what to draw, "data", and where to write, "out".
+# run, in all that follows: one of these two, with the keys "data", what to draw, and "out", where to write
 DEFAULT = dict(teacher_steps=6000, td_steps=1900, refine_steps=1900, samples=100_000, ode_steps=32)
 QUICK = dict(teacher_steps=150, td_steps=80, refine_steps=80, samples=2000, ode_steps=8)
 
@@ -47,7 +46,7 @@ QUICK = dict(teacher_steps=150, td_steps=80, refine_steps=80, samples=2000, ode_
 
 def checkerboard(n, generator):
     """The 8 squares of a 4 x 4 board on [-2, 2]^2 whose row + column is even; uniform in each: (n, 2)."""
-    square = torch.randint(8, (n,), generator=generator)
+    square = torch.randint(8, (n,), generator=generator)  # two in each row
     row = square // 2
     column = 2 * (square % 2) + row % 2
     return torch.stack([column, row], dim=1) + torch.rand(n, 2, generator=generator) - 2
@@ -104,7 +103,7 @@ def measure(x, data, x_teacher):
 
 
 # --- The trainings: each is a job for one process, and leaves one file -----------------------------------------------
-# `keep` and `result`, at the end, measure a network and write down what came out.
+# `keep` and `result`, at the end, measure a network and write down what came out. processes() is a pool of them.
 
 
 def teacher_of(run, seed):
@@ -135,7 +134,8 @@ def td_rate(width):
 def td_row(run, job):
     """Job: a student by TD. -> its row"""
     seed, name, what, width, updates = job
-    loss = partial(student_loss, draw=partial(draw, run["data"], 256), teacher=teacher_of(run, seed))
+    teacher = teacher_of(run, seed)  # from its file
+    loss = partial(student_loss, draw=partial(draw, run["data"], 256), teacher=teacher)
     net = train(run["out"] / f"seed{seed}-{name}.pt", student(seed, width), loss, steps=updates, lr=td_rate(width),
                 betas=NO_MOMENTUM, seed=seed, config={"data": run["data"]},
                 look=partial(keep, run, seed, name), look_every=25)  # fmt: skip
@@ -176,7 +176,7 @@ def story(run, seeds):
         jobs += [(seed, "td-start", "TD, stage 1 alone", HD_WIDTH, first)]
     rows += processes().map(partial(td_row, run), jobs)
 
-    # name, what it is, start, pooling, updates of stage 2; the longest first
+    # name, what it is, start, pooling, updates of stage 2; the longest first. "td" starts from td-start, half of td-48
     variants = [("dmd-awd", "DMD + AWD, no TD", "random", "attention", first + second),
                 ("dmd", "DMD, no TD", "random", "none", first + second),
                 ("hd", "HD: TD + DMD + AWD", "td", "attention", second),
