@@ -48,7 +48,7 @@ class TokenHead(nn.Module):
         B, N, C = tokens.shape
         if self.pooling == "mean":
             return tokens.new_full((B, N), 1 / N)
-        # a = softmax_i(q . k_i / sqrt(C)),  and  q . k_i = q . (K f_i) = (q K) . f_i : one vector, no keys to compute
+        # a = softmax_i(q . k_i / sqrt(C)),  and  q . k_i = q . (K f_i) = (q K) . f_i: the two act as one vector
         return torch.softmax(tokens @ (self.query @ self.keys.weight) / C**0.5, dim=1)
 
     def forward(self, tokens):
@@ -60,10 +60,10 @@ class TokenHead(nn.Module):
 
 
 class AdaptiveWeightedDiscriminator(nn.Module):
-    """A head for each tapped layer of the frozen teacher; in 2D one head, whose tokens are the tapped layers.
+    """A head for each entry of the features of the frozen teacher.
 
     dims: the channels C of each layer. pooling: "attention" (AWD) or "mean" (the baseline).
-    features: a list of (B, N, C), one a layer -> logits (B, len(dims)), positive for data.
+    features: a list of (B, N, C) -> logits (B, len(dims)), positive for data.
     """
 
     def __init__(self, dims, pooling="attention"):

@@ -12,8 +12,8 @@ sample moves, the KL changes by the difference of the two scores (Yin et al., ar
     grad  = (x0_fake - x0_real) / mean|x_gen - x0_real|
 
 A score is -eps_hat/t, and eps_hat = (x_t - (1 - t) x0_hat)/t, so score_fake - score_real = (1 - t)/t^2 (x0_fake -
-x0_real). x_t moves by 1 - t as x_gen moves by 1. So grad is the gradient of the KL up to a factor for each sample. (As
-the weights move, p_student itself changes too, but that adds nothing: E[d log p_student / d weights] = 0.)
+x0_real). x_t moves by 1 - t as x_gen moves by 1, so the KL's gradient is (1 - t)^2/t^2 (x0_fake - x0_real), and grad is
+that up to a factor for each sample.
 The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen. It always lags a
 little behind the student, and each score is good only where its network has seen samples, so the two distributions
 should overlap from the start: that is the paper's reason for stage 1.
@@ -62,8 +62,8 @@ T_ADV = 0.02, 0.15
 def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake, normalize=True):
     """The direction in which x_gen should NOT go: (x0_fake - x0_real) / mean|x_gen - x0_real|, for each sample.
     x_gen, its noised x_t, and both velocities at (x_t, t): (B, ...); t (B,). Returns (B, ...).
-    The normaliser gives all noise levels about the same weight. PRIOR: DMD (arXiv 2311.18828, eq. 8), without a factor
-    1 - t, as in DMD2. normalize=False is for a test: times (1 - t)^2/t^2, this is the exact gradient of the KL."""
+    The normaliser gives all noise levels about the same weight. PRIOR: DMD (arXiv 2311.18828, eq. 8), whose further
+    factor 1 - t DMD2 and we drop. normalize=False is for a test."""
     x0_real = x0_from_velocity(x_t, t, v_real)
     x0_fake = x0_from_velocity(x_t, t, v_fake)
     grad = x0_fake - x0_real
@@ -104,7 +104,7 @@ def discriminator_loss(discriminator, teacher, x_data, x_gen, y, generator, *, t
 
 
 def adversarial_pull(teacher, discriminator, x_gen, y, generator, *, lambda_adv, taps):
-    """lambda_adv L_adv of samples x_gen (B, ...), and its gradient on them (B, ...)."""
+    """lambda_adv L_adv of samples x_gen (B, ...), and its gradient on them (B, ...): apart only to log its norm."""
     x = x_gen.detach().requires_grad_()
     x_t, _, t = noised(x, generator, T_ADV)
     features = teacher.features(x_t, t=t, y=y, taps=taps)

@@ -72,14 +72,14 @@ def with_labels(net, y):
 #
 # du/dt is one pass of dual numbers: a tensor x goes through the network together with its tangent dx, a direction, and
 # f turns the pair (x, dx) into (f(x), J dx), J being its Jacobian. make_dual joins a pair, unpack_dual parts it. Torch
-# has a rule for each operation. `Linear` and `linear` are torch's, with a cheaper rule: see below the 2D network.
+# has a rule for each operation. Read `Linear` and `linear`, from further down, as torch's own: they are only faster.
 
 # --- The 2D network --------------------------------------------------------------------------------------------------
 
 
 def sinusoids(a, frequencies):
     """Features [a, sin(f a), cos(f a)] of each column of a (B, D), at K frequencies in rad/unit: (B, D (1 + 2K))."""
-    phase = linear(a[:, :, None], frequencies[:, None]).flatten(1)  # a[:, :, None] * frequencies: (B, D K)
+    phase = linear(a[:, :, None], frequencies[:, None]).flatten(1)  # a * frequencies, but faster: (B, D K)
     return torch.cat([a, phase.sin(), phase.cos()], dim=1)
 
 

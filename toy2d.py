@@ -11,9 +11,6 @@ It leaves pictures, results.json and a csv for each training in runs/toy2d/. The
 3. The way past. A SMALL student takes half of its updates from TD, the others from stage 2 (dmd_refine.py, awd.py).
 4. The controls: no TD, or a discriminator that averages its tokens. Does the start matter? DMD alone from three starts.
 
-Measures: how near a sample is to the teacher's of the same noise (replay error), how near all samples together are to
-the data (sliced Wasserstein-2), and how many lie inside the squares.
-
 PAPER: figure 3, where quality of TD rises with size, and 50 times the size does not close the gap. OURS: density,
 networks and budget, which the paper does not give.
 """
@@ -36,10 +33,101 @@ from meanflow_td import NO_MOMENTUM, meanflow_target, new_network, sample, sampl
 from models import VelocityMLP, add_noise, expand_times
 
 DEPTH, TEACHER_WIDTH, TAPS = 3, 96, (0, 1, 2)  # hidden layers of all networks; TAPS: read by the discriminator
-HD_WIDTH, WIDTHS = 48, (168, 88, 48, 30, 18)  # of students: 92,570 to 1,820 parameters; HD has 9,170
+HD_WIDTH, WIDTHS = 48, (168, 88, 48, 18)  # of students: 92,570 to 1,820 parameters; HD has 9,170
 # run, in all that follows: one of these two, with the keys "data", what to draw, and "out", where to write
 DEFAULT = dict(teacher_steps=6000, td_steps=1900, refine_steps=1900, samples=100_000, ode_steps=32)
 QUICK = dict(teacher_steps=150, td_steps=80, refine_steps=80, samples=2000, ode_steps=8)
+
+# --- The trainings: each is a job for one process, and leaves one file -----------------------------------------------
+# Further down: `draw` takes points of a density, `keep` and `result` measure a network and write that down. Imported:
+# new_network builds one from a seed, processes() is a pool of processes.
+
+
+def teacher_of(run, seed):
+    """The frozen teacher of a seed, trained here or found in its file."""
+    net = new_network(seed, "teacher", lambda: VelocityMLP(2, TEACHER_WIDTH, DEPTH))
+    loss = partial(teacher_loss, draw=partial(draw, run["data"], 1024))
+    return train(run["out"] / f"seed{seed}-teacher.pt", net, loss, steps=run["teacher_steps"], lr=5e-3, seed=seed,
+                 config={"data": run["data"]})  # fmt: skip
+
+
+def data_row(run, seed):
+    """The row of other points of the data: as near to it as so many samples can come."""
+    x, _ = draw(run["data"], run["samples"], rng(seed, "other data"))
+    return {"what": "data", "name": "data", "seed": seed, "nfe": 0, **measure(x, run["data"], x)}
+
+
+def teacher_row(run, seed):
+    """Job: the teacher of a seed. -> its row"""
+    return result(run, seed, "teacher", "teacher", teacher_of(run, seed), run["teacher_steps"],
+                  partial(sample_ode, steps=run["ode_steps"]), nfe=2 * run["ode_steps"])  # fmt: skip
+
+
+def student(seed, width, two_times=True):
+    """A student's random start: the same for one seed and width, so that variants differ in their training only."""
+    return new_network(seed, f"student {width}", lambda: VelocityMLP(2, width, DEPTH, two_times))
+
+
+def td_rate(width):
+    """Adam's peak rate for a TD student. PRIOR: 1/width (Yang et al., arXiv 2203.03466). OURS: the numbers, of a few
+    tried at widths from 18 to 168 on seeds that are in no table."""
+    return min(1.2e-2, 0.6 / width)
+
+
+def td_row(run, job):
+    """Job: a student by TD. -> its row"""
+    seed, name, what, width, updates = job
+    teacher = teacher_of(run, seed)  # from its file
+    loss = partial(student_loss, draw=partial(draw, run["data"], 256), teacher=teacher)
+    net = train(run["out"] / f"seed{seed}-{name}.pt", student(seed, width), loss, steps=updates, lr=td_rate(width),
+                betas=NO_MOMENTUM, seed=seed, config={"data": run["data"]},
+                look=partial(keep, run, seed, name), look_every=25)  # fmt: skip
+    return result(run, seed, name, what, net, updates)
+
+
+def refined_row(run, job):
+    """Job: a student by stage 2, from TD, from random weights or from far off. -> its row"""
+    seed, name, what, start, pooling, updates = job
+    net, teacher, discriminator = student(seed, HD_WIDTH), teacher_of(run, seed), None
+    fake = copy.deepcopy(teacher)  # PAPER: the fake branch starts as the teacher
+    if start == "td":
+        net.load_state_dict(load(run["out"] / f"seed{seed}-td-start.pt", "run toy2d.py again")["ema"])
+    if start == "far":
+        net.out.bias.data -= 3  # x_gen = eps - u lies around (3, 3), outside of the data
+    if pooling != "none":
+        build = partial(AdaptiveWeightedDiscriminator, [TEACHER_WIDTH], pooling)
+        discriminator = new_network(seed, "discriminator", build)
+    net = refine(run["out"] / f"seed{seed}-{name}.pt", net, teacher, fake, discriminator,
+                 partial(draw, run["data"], 512), steps=updates, seed=seed, taps=TAPS,
+                 config={"data": run["data"], "start": start, "pooling": pooling},
+                 look=partial(keep, run, seed, name), look_every=25)  # fmt: skip
+    return result(run, seed, name, what, net, updates + (start == "td") * run["td_steps"])
+
+
+def story(run, seeds):
+    """Teachers, their students by TD, stage 2; then the table and the pictures."""
+    first, second = run["td_steps"], run["refine_steps"]
+    rows = [data_row(run, seed) for seed in seeds]
+    rows += processes().map(partial(teacher_row, run), seeds)
+
+    # seed, name, what it is, width, updates. First the largest student, trained longer: is the gap one of training?
+    jobs = [(0, f"td-x{k}", f"TD, {k} times the updates", WIDTHS[0], k * (first + second)) for k in (4, 2)]
+    for seed in seeds:
+        jobs += [(seed, f"td-{width}", "TD", width, first + second) for width in WIDTHS]
+        jobs += [(seed, "td-start", "TD, stage 1 alone", HD_WIDTH, first)]
+    rows += processes().map(partial(td_row, run), jobs)
+
+    # name, what it is, start, pooling, updates of stage 2; the longest first. "td": from td-start
+    variants = [("dmd-awd", "DMD + AWD, no TD", "random", "attention", first + second),
+                ("dmd", "DMD, no TD", "random", "none", first + second),
+                ("hd", "HD: TD + DMD + AWD", "td", "attention", second),
+                ("td-mean", "TD + DMD + GAN, mean pooling", "td", "mean", second),
+                ("td-dmd", "TD + DMD", "td", "none", second),
+                ("dmd-short", "DMD, no TD, stage 2 alone", "random", "none", second),
+                ("dmd-far", "DMD, from far off", "far", "none", second)]  # far: no overlap at first  # fmt: skip
+    rows += processes().map(partial(refined_row, run), [(seed, *variant) for variant in variants for seed in seeds])
+    show(run, rows)
+
 
 # --- Densities: points in the plane, and which part of the support a point lies in, -1 outside ------------------------
 
@@ -100,92 +188,6 @@ def measure(x, data, x_teacher):
             "largest_part": shares.max().item(),
             "sliced_w2": sliced_w2(sorted_projections(x), reference(data, len(x))[1]),
             "replay_error": (x - x_teacher).square().sum(dim=1).mean().item()}  # fmt: skip
-
-
-# --- The trainings: each is a job for one process, and leaves one file -----------------------------------------------
-# `keep` and `result`, at the end, measure a network and write down what came out. processes() is a pool of them.
-
-
-def teacher_of(run, seed):
-    """The frozen teacher of a seed, trained here or found in its file."""
-    net = new_network(seed, "teacher", lambda: VelocityMLP(2, TEACHER_WIDTH, DEPTH))
-    loss = partial(teacher_loss, draw=partial(draw, run["data"], 1024))
-    return train(run["out"] / f"seed{seed}-teacher.pt", net, loss, steps=run["teacher_steps"], lr=5e-3, seed=seed,
-                 config={"data": run["data"]})  # fmt: skip
-
-
-def teacher_row(run, seed):
-    """Job: the teacher of a seed. -> its row"""
-    return result(run, seed, "teacher", "teacher", teacher_of(run, seed), run["teacher_steps"],
-                  partial(sample_ode, steps=run["ode_steps"]), nfe=2 * run["ode_steps"])  # fmt: skip
-
-
-def student(seed, width, two_times=True):
-    """A student's random start: the same for one seed and width, so that variants differ in their training only."""
-    return new_network(seed, f"student {width}", lambda: VelocityMLP(2, width, DEPTH, two_times))
-
-
-def td_rate(width):
-    """Adam's peak rate for a TD student. PRIOR: 1/width (Yang et al., arXiv 2203.03466). OURS: the numbers, of a few
-    tried at widths from 18 to 168 on seeds that are in no table."""
-    return min(1.2e-2, 0.6 / width)
-
-
-def td_row(run, job):
-    """Job: a student by TD. -> its row"""
-    seed, name, what, width, updates = job
-    teacher = teacher_of(run, seed)  # from its file
-    loss = partial(student_loss, draw=partial(draw, run["data"], 256), teacher=teacher)
-    net = train(run["out"] / f"seed{seed}-{name}.pt", student(seed, width), loss, steps=updates, lr=td_rate(width),
-                betas=NO_MOMENTUM, seed=seed, config={"data": run["data"]},
-                look=partial(keep, run, seed, name), look_every=25)  # fmt: skip
-    return result(run, seed, name, what, net, updates)
-
-
-def refined_row(run, job):
-    """Job: a student by stage 2, from TD, from random weights or from far off. -> its row"""
-    seed, name, what, start, pooling, updates = job
-    net, teacher, discriminator = student(seed, HD_WIDTH), teacher_of(run, seed), None
-    fake = copy.deepcopy(teacher)  # PAPER: the fake branch starts as the teacher
-    if start == "td":
-        net.load_state_dict(load(run["out"] / f"seed{seed}-td-start.pt", "run toy2d.py again")["ema"])
-    if start == "far":
-        net.out.bias.data -= 3  # x_gen = eps - u lies around (3, 3), outside of the data
-    if pooling != "none":
-        build = partial(AdaptiveWeightedDiscriminator, [TEACHER_WIDTH], pooling)
-        discriminator = new_network(seed, "discriminator", build)
-    net = refine(run["out"] / f"seed{seed}-{name}.pt", net, teacher, fake, discriminator,
-                 partial(draw, run["data"], 512), steps=updates, seed=seed, taps=TAPS,
-                 config={"data": run["data"], "start": start, "pooling": pooling},
-                 look=partial(keep, run, seed, name), look_every=25)  # fmt: skip
-    return result(run, seed, name, what, net, updates + (start == "td") * run["td_steps"])
-
-
-def story(run, seeds):
-    """Teachers, their students by TD, stage 2; then the table and the pictures."""
-    first, second = run["td_steps"], run["refine_steps"]
-    # data against data: as near as that many samples can come
-    others = [(seed, DENSITIES[run["data"]][0](run["samples"], rng(seed, "other data"))) for seed in seeds]
-    rows = [{"what": "data", "name": "data", "seed": seed, "nfe": 0} | measure(x, run["data"], x) for seed, x in others]
-    rows += processes().map(partial(teacher_row, run), seeds)
-
-    # seed, name, what it is, width, updates. First the largest student, trained longer: is the gap one of training?
-    jobs = [(0, f"td-x{k}", f"TD, {k} times the updates", WIDTHS[0], k * (first + second)) for k in (4, 2)]
-    for seed in seeds:
-        jobs += [(seed, f"td-{width}", "TD", width, first + second) for width in WIDTHS]
-        jobs += [(seed, "td-start", "TD, stage 1 alone", HD_WIDTH, first)]
-    rows += processes().map(partial(td_row, run), jobs)
-
-    # name, what it is, start, pooling, updates of stage 2; the longest first. "td" starts from td-start, half of td-48
-    variants = [("dmd-awd", "DMD + AWD, no TD", "random", "attention", first + second),
-                ("dmd", "DMD, no TD", "random", "none", first + second),
-                ("hd", "HD: TD + DMD + AWD", "td", "attention", second),
-                ("td-mean", "TD + DMD + GAN, mean pooling", "td", "mean", second),
-                ("td-dmd", "TD + DMD", "td", "none", second),
-                ("dmd-short", "DMD, no TD, stage 2 alone", "random", "none", second),
-                ("dmd-far", "DMD, from far off", "far", "none", second)]  # far: no overlap at first  # fmt: skip
-    rows += processes().map(partial(refined_row, run), [(seed, *variant) for variant in variants for seed in seeds])
-    show(run, rows)
 
 
 # --- The unified view: three roads to the average velocity -----------------------------------------------------------
