@@ -259,7 +259,7 @@ def unify(run, seeds):
     jobs = [(seed, road, width) for width in (88, 48, 18) for road in ROADS for seed in seeds]
     rows += processes().map(partial(road_row, run), jobs)
     report(run["out"] / "unified.json", rows, FACTS, MEASURES)
-    plot_curves(run["out"] / "unified.png", rows, "parameters", {"replay_error": MEASURES["replay_error"]}, ROADS,
+    plot_curves(run["out"] / "unified.png", rows, "width", {"replay_error": MEASURES["replay_error"]}, ROADS,
                 "Three distillations learn one function, the average\nvelocity, and miss it by what their size allows")
 
 
