@@ -179,7 +179,7 @@ def plot_curves(path, rows, x, measures, curves, title):
         axis.set_xticks([], minor=True)
         axis.set_xticks(ticks, [f"{at:,}" for at in ticks], rotation=45, fontsize=8)
     figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(measures))
-    figure.suptitle(title)
+    figure.suptitle(f"{title}\nbars: standard deviation over the seeds")
     figure.savefig(path)
 
 

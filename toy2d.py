@@ -260,7 +260,7 @@ def unify(run, seeds):
     rows += processes().map(partial(road_row, run), jobs)
     report(run["out"] / "unified.json", rows, FACTS, MEASURES)
     plot_curves(run["out"] / "unified.png", rows, "width", {"replay_error": MEASURES["replay_error"]}, ROADS,
-                "Three distillations learn one function, the average\nvelocity, and miss it by what their size allows")
+                "Three distillations of one teacher to one call, at three widths")  # fmt: skip
 
 
 # --- Two more densities: points evenly along curves (curves, 1024, 2), blurred by a Gaussian of std BLUR --------------
@@ -368,7 +368,7 @@ def plot_story(path, run, rows, colours):
     of_name = {row["name"]: row for row in rows if row["seed"] == 0}
     for axis, name in zip(axes.flat[1:], names):
         scatter(axis, load_kept(run, 0, name), colours, "{what}\nwidth {width}, calls: {nfe}".format(**of_name[name]))
-    figure.suptitle("A sample's colour shows how high its noise point lay, in all panels")
+    figure.suptitle("A sample's colour shows the height of its noise point, in all panels but the first")
     figure.savefig(path)
 
 
