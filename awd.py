@@ -2,10 +2,10 @@
 
 Stage 2 pulls the student's samples towards the teacher's distribution by two score estimates (dmd_refine.py), and can
 make them no sharper than these. A discriminator that sees real data supplies what they miss: it reads the frozen
-teacher's own features of a noised image (PRIOR: LADD, Sauer et al., arXiv 2403.12015) and tells data from samples. Once
-a student is well placed by stage 1, what is still wrong with it is local, a stroke too thin or an edge too soft, while
-most of the feature map is already right. A head that averages all tokens dilutes the few that matter. AWD (PAPER: Cheng
-et al., arXiv 2511.08930) learns where to look:
+teacher's own features of a noised image (PRIOR: LADD, Sauer et al., arXiv 2403.12015) and tells data from samples.
+PAPER (Cheng et al., arXiv 2511.08930): once a student is well placed by stage 1, what is still wrong with it is local,
+a stroke too thin or an edge too soft. A head that averages all tokens dilutes the few that matter. AWD learns where to
+look (we saw no gain over the mean):
 
     f (B, N, C), after a LayerNorm:  keys k_i = K f_i, values z_i = SN linear(f_i)
     a      = softmax_i(q . k_i / sqrt(C))          ONE learned query q, so a (B, N) is a weight for each token

@@ -127,7 +127,8 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_
     if discriminator is not None:
         adv, pull = adversarial_pull(teacher, discriminator, x_gen, y, generator, lambda_adv=lambda_adv, taps=taps)
         log["pull_adv"] = pull.norm()
-        loss = loss + adv + ((x_gen - x_gen.detach()) * pull).sum()  # the last term is 0, and its gradient is pull
+        # L_G = L_DMD + lambda_adv L_adv, whose value is adv, and whose gradient is in the last term, which is 0
+        loss = loss + adv + ((x_gen - x_gen.detach()) * pull).sum()
     return loss, log
 
 
@@ -204,7 +205,6 @@ def generate_by_calls(student, eps, y):
 
 class FakeByCalls(nn.Module):
     """The fake branch of a student of 2 calls, with a second set of labels for the samples that took 2.
-
     OURS: a fake branch that knows only the mixture of both lets the student be too blurred in 1 call and too sharp in
     2, for the two average out. fake: a models.Velocity. Its rows are those of `generate_by_calls`."""
 
@@ -309,7 +309,7 @@ def probe(path, draw, student, teacher, build, *, taps, levels, images, updates)
 
 # OURS. lambda_adv: of 0.001, 0.003, 0.01 and 0.03, the first two bring both poolings about equally near to the data;
 # pull_adv is then up to 0.7 times pull_dmd. At 0.01 it is more than twice pull_dmd, and the distance a tenth larger.
-# At twice this lr samples vary less (recall 0.71, not 0.80). All on seed 3, 500 updates.
+# At twice this lr samples vary less (recall 0.71, not 0.80). All on seed 3, 500 updates in all.
 GLYPHS = dict(batch=32, steps=2000, taps=(1, 3), lambda_adv=3e-3, fake_updates=2, clip=10.0,
               lr={"student": 1e-3, "fake": 1e-3, "discriminator": 5e-3})  # fmt: skip
 # PRIOR: lr, fake_updates, clip and lambda_adv are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official code).

@@ -76,7 +76,7 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
         with torch.no_grad(), forward_ad.dual_level():  # no_grad stops backward mode only
             # du/dt = v . grad_x u + 0 d_r u + 1 d_t u : the tangents of (x, r, t) are (v, 0, 1)
             x_dual = forward_ad.make_dual(x_t[rows].detach(), v[rows].detach())
-            r_dual = forward_ad.make_dual(r[rows], torch.zeros_like(r[rows]))  # t - r is slow if r is plain
+            r_dual = forward_ad.make_dual(r[rows], torch.zeros_like(r[rows]))  # a plain r in t - r is slow
             t_dual = forward_ad.make_dual(t[rows], torch.ones_like(t[rows]))
             with autocast_off(v):  # bf16 would make du/dt wrong by a percent
                 u = u_labelled(x_dual, t=t_dual, r=r_dual)
@@ -175,10 +175,10 @@ def learning_rate(step, steps, peak, warmup=100):
 
 
 def update(net, optimizer, loss_of, *, lr, words, parts=1, clip=20.0, amp=False):
-    """Move one network by the gradient of loss_of(generator) -> (loss, log), and return the log.
+    """Move one network by the gradient of loss_of(generator) -> (loss, log). -> log, of the last part
     In short: zero_grad, loss, backward, clip, step. words, as (0, "td", step), seed the generator. Later: parts of a
     batch save memory; of torchrun's RANKS processes, the RANK-th takes every RANKS-th part. clip: the greatest norm of
-    the gradient. amp: matrix products in bf16; times, du/dt, target and loss stay in fp32."""
+    the gradient. amp: matrix products in bf16; times, du/dt and the loss stay in fp32."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
@@ -383,7 +383,7 @@ def main(argv=None):
     train(out / f"{name}.pt", student, loss, steps=preset["steps"], **preset["stage_1"], **common, config=about,
           look=partial(look, name, sample))  # fmt: skip
     if RANK == 0:
-        print(f"In {out}: {name}.pt, its csv, grids in samples/. Next: dmd_refine.py, the same --data, --out, --w")
+        print(f"In {out}: {name}.pt, its csv, grids in samples/. After td: dmd_refine.py, the same --data, --out, --w")
 
 
 if __name__ == "__main__":

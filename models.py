@@ -12,7 +12,7 @@
 
 A network with a single time, net(x_t, t=t), is a velocity field v: a teacher, or the fake branch of DMD. A network with
 two_times=True, net(x_t, t=t, r=r), is an average velocity u: a student. At r = t, u is v. On images a student starts
-from its teacher's weights; the students of toy2d.py are smaller than their teacher, and start at random.
+from its teacher's weights; the students of toy2d.py have other sizes than their teacher, and start at random.
 Times are tensors (B,). Networks take them by keyword only, and labels too, as y=, which the 2D network ignores.
 
 Tags in all files: PAPER, from Cheng et al., arXiv 2511.08930; PRIOR, from earlier work; OURS, our choice, which the

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from awd import AdaptiveWeightedDiscriminator
 from data import load, plot_curves, report, rng, save
 from dmd_refine import processes, refine
+from evaluate import compare
 from meanflow_td import NO_MOMENTUM, meanflow_target, new_network, sample, sample_ode, student_loss, teacher_loss, train
 from models import VelocityMLP, add_noise, expand_times
 
@@ -191,7 +192,7 @@ def measure(x, data, x_teacher):
 
 
 # --- The unified view: three roads to the average velocity -----------------------------------------------------------
-# The question: u(eps, 0, 1). The answer: eps - x_0, where x_0 ends the teacher's ODE. Replay error: their distance.
+# The question: u(eps, 0, 1). The answer: eps - x_0, where x_0 ends the teacher's ODE. Replay error: |difference|^2.
 
 
 def consistency_loss(u_theta, x_t, v, *, t, p=1.0, c=1e-2):
@@ -312,7 +313,8 @@ ROADS = {"MeanFlow": dict(color=BLUE, marker="o"), "consistency": dict(color=PIN
 
 def keep(run, seed, name, net, n, sampler=sample):
     """Measure a network after n updates, if a picture looks then, and keep that for `load_kept`. -> its measures"""
-    if n != LAST and not (name in WATCHED and {n, n - run["td_steps"]} & {*MARKS}):
+    watched = name in WATCHED and {n, n - run["td_steps"]} & {*MARKS}
+    if n != LAST and not watched:
         return None
     eps, _ = reference(run["data"], run["samples"])
     x = torch.cat([sampler(net, block) for block in eps.split(1024)])  # blocks that fit into a CPU's cache
@@ -336,13 +338,17 @@ def result(run, seed, name, what, net, updates, sampler=sample, nfe=1):
 def show(run, rows):
     """The table and the pictures of the story."""
     out, second = run["out"], run["refine_steps"]
-    report(out / "results.json", rows, FACTS, [*MEASURES, "smallest_part", "largest_part"])
+    measures = [*MEASURES, "smallest_part", "largest_part"]
+    report(out / "results.json", rows, FACTS, measures)
     plot_curves(out / "bottleneck.png", rows, "parameters", MEASURES, BOTTLENECK,
                 "The bottleneck: students of one call against their size. Their teacher makes many calls")  # fmt: skip
     two = {key: MEASURES[key] for key in ("share_inside", "sliced_w2")}
-    marks = [row | {"updates": n} | {key: load_kept(run, row["seed"], row["name"], n)[key] for key in two}
+    marks = [row | {"updates": n} | {key: load_kept(run, row["seed"], row["name"], n)[key] for key in measures}
              for row in rows if row["name"] in ("td-dmd", "dmd-short", "dmd-far") for n in MARKS if n <= second]
     report(out / "start.json", marks, FACTS, two)
+    compare(rows, [("HD: TD + DMD + AWD", "TD + DMD"), ("HD: TD + DMD + AWD", "TD + DMD + GAN, mean pooling"),
+                   ("HD: TD + DMD + AWD", "DMD + AWD, no TD"), ("TD + DMD", "DMD, no TD")], two)  # fmt: skip
+    compare(marks, [("TD + DMD", "DMD, no TD, stage 2 alone")], two)
     plot_curves(out / "start.png", marks + [row for row in rows if row["name"] == "dmd"], "updates", two, START,
                 "Does the start matter? DMD alone from three starts, against the updates of stage 2")  # fmt: skip
     colours = reference(run["data"], run["samples"])[0][:POINTS, 1].argsort().argsort()  # noise points' ranks by height
