@@ -37,7 +37,7 @@ DEPTH, TEACHER_WIDTH, TAPS = 3, 96, (0, 1, 2)  # hidden layers of all networks; 
 HD_WIDTH, WIDTHS = 48, (168, 88, 48, 18)  # of students: 92,570 to 1,820 parameters; HD has 9,170
 # run, in all that follows: one of these two, with the keys "data", what to draw, and "out", where to write
 DEFAULT = dict(teacher_steps=6000, td_steps=1900, refine_steps=1900, samples=100_000, ode_steps=32)
-QUICK = dict(teacher_steps=150, td_steps=80, refine_steps=80, samples=2000, ode_steps=8)
+QUICK = dict(teacher_steps=150, td_steps=60, refine_steps=60, samples=2000, ode_steps=8)
 
 # --- The trainings: each is a job for one process, and leaves one file -----------------------------------------------
 # Further down: `draw` takes points of a density, `keep` and `result` measure a network and write that down. Imported:
