@@ -48,7 +48,7 @@ class TokenHead(nn.Module):
         B, N, C = tokens.shape
         if self.pooling == "mean":
             return tokens.new_full((B, N), 1 / N)
-        # a = softmax_i(q . k_i / sqrt(C)),  and  q . k_i = q . (K f_i) = (q K) . f_i: the two act as one vector
+        # a = softmax_i(q . k_i / sqrt(C)),  and  q . k_i = q . (K f_i) = (q K) . f_i, one vector for all tokens
         return torch.softmax(tokens @ (self.query @ self.keys.weight) / C**0.5, dim=1)
 
     def forward(self, tokens):
@@ -62,7 +62,7 @@ class TokenHead(nn.Module):
 class AdaptiveWeightedDiscriminator(nn.Module):
     """A head for each entry of the features of the frozen teacher.
 
-    dims: the channels C of each layer. pooling: "attention" (AWD) or "mean" (the baseline).
+    dims: the channels C of each entry. pooling: "attention" (AWD) or "mean" (the baseline).
     features: a list of (B, N, C) -> logits (B, len(dims)), positive for data.
     """
 
@@ -82,7 +82,7 @@ class AdaptiveWeightedDiscriminator(nn.Module):
         self.eval()
 
     def forward(self, features):
-        return torch.stack([head(f) for head, f in zip(self.heads, features, strict=True)], dim=1)  # (B, layers)
+        return torch.stack([head(f) for head, f in zip(self.heads, features, strict=True)], dim=1)  # (B, len(dims))
 
 
 def discriminator_hinge(logit_data, logit_gen):

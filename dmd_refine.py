@@ -1,9 +1,9 @@
 """Stage 2: refine the one-step student by distribution matching (DMD) and an adversarial loss (AWD).
 
-Stage 1 maps each noise point to the teacher's own sample of it. A small network can't do this for all points. This
-stage drops it: WHICH sample a noise point becomes no longer matters, only that all samples together have the teacher's
-distribution. For that, minimise KL(student || teacher) = E[log p_student - log p_teacher] on noised samples. When a
-sample moves, the KL changes by the difference of the two scores (Yin et al., arXiv 2311.18828).
+Stage 1 maps each noise point to the teacher's own sample of it, which a small network can't do for all points. Now it
+no longer matters WHICH sample a noise point becomes, only that all samples together have the teacher's distribution.
+For that, minimise KL(student || teacher) = E[log p_student - log p_teacher] on noised samples. As a sample moves, the
+KL changes by the difference of the scores (Yin et al., arXiv 2311.18828); that log p_student changes is 0 on average.
 
     x_gen = eps - u(eps, 0, 1)                        the student's sample, one call
     x_t   = (1 - t) x_gen + t noise                   t in [0.02, 0.98]
@@ -13,7 +13,7 @@ sample moves, the KL changes by the difference of the two scores (Yin et al., ar
 
 A score is -eps_hat/t, and eps_hat = (x_t - (1 - t) x0_hat)/t, so score_fake - score_real = (1 - t)/t^2 (x0_fake -
 x0_real). x_t moves by 1 - t as x_gen moves by 1, so the KL's gradient is (1 - t)^2/t^2 (x0_fake - x0_real), and grad is
-that up to a factor for each sample.
+that up to a positive factor for each sample.
 The fake branch starts as a copy of the teacher (PAPER) and is trained by flow matching on x_gen. It always lags a
 little behind the student, and each score is good only where its network has seen samples, so the two distributions
 should overlap from the start: that is the paper's reason for stage 1.
@@ -62,8 +62,8 @@ T_ADV = 0.02, 0.15
 def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake, normalize=True):
     """The direction in which x_gen should NOT go: (x0_fake - x0_real) / mean|x_gen - x0_real|, for each sample.
     x_gen, its noised x_t, and both velocities at (x_t, t): (B, ...); t (B,). Returns (B, ...).
-    The normaliser gives all noise levels about the same weight. PRIOR: DMD (arXiv 2311.18828, eq. 8), whose further
-    factor 1 - t DMD2 and we drop. normalize=False is for a test."""
+    The normaliser gives all noise levels about the same weight. PRIOR: DMD (arXiv 2311.18828, eq. 8). It has a
+    further factor 1 - t; DMD2 and we drop it. normalize=False is for a test."""
     x0_real = x0_from_velocity(x_t, t, v_real)
     x0_fake = x0_from_velocity(x_t, t, v_fake)
     grad = x0_fake - x0_real
@@ -127,7 +127,7 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_
     if discriminator is not None:
         adv, pull = adversarial_pull(teacher, discriminator, x_gen, y, generator, lambda_adv=lambda_adv, taps=taps)
         log["pull_adv"] = pull.norm()
-        # L_G = L_DMD + lambda_adv L_adv, whose value is adv, and whose gradient is in the last term, which is 0
+        # adv is a number without a graph; the last term is 0, and its gradient on x_gen is pull
         loss = loss + adv + ((x_gen - x_gen.detach()) * pull).sum()
     return loss, log
 

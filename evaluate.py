@@ -412,7 +412,7 @@ def judge_run(out, count, seed, device, quick=False):
             add_samples(name + ", 2 calls" * (calls - 1), partial(sample, student, steps=calls), nfe=calls,
                         seed=seed, updates=updates)  # fmt: skip
     data.report(out / "results.json", rows, ("updates", "nfe"), [*MEASURES, "class_accuracy"])
-    compare(rows, [("hd", "hd-no-td"), ("td-dmd", "dmd-no-td"), ("hd", "td-mean"), ("hd", "td-dmd")], MEASURES)
+    compare(rows)
     plot_variants(out / "curves.png", rows)
     data.plot_curves(out / "spectrum.png", spectra, "cycles", {"power": ("power, over data's", "linear")},
                      {what: dict(marker="o", ms=3) for what in pictures}, "Power by cycles per image")  # fmt: skip
@@ -421,14 +421,14 @@ def judge_run(out, count, seed, device, quick=False):
           f"and grid.png, a row for each of: {'; '.join(pictures)}.")  # fmt: skip
 
 
-def compare(rows, pairs, measures):
-    """Print which of the pairs the seeds tell apart, at each number of updates: p by Welch's test, for each measure."""
-    joined = {(row["what"], row.get("updates")): row for row in data.over_seeds(rows, ["updates"], measures)}
-    for pair in pairs:
+def compare(rows):
+    """Print which variants the seeds tell apart, at each number of updates: p by Welch's test, for each measure."""
+    joined = {(row["what"], row.get("updates")): row for row in data.over_seeds(rows, ["updates"], MEASURES)}
+    for pair in (("hd", "hd-no-td"), ("td-dmd", "dmd-no-td"), ("hd", "td-mean"), ("hd", "td-dmd")):
         for updates in sorted(n for what, n in joined if what == pair[0]):
             one, other = (joined.get((what, updates), {"seeds": 0}) for what in pair)
             if min(one["seeds"], other["seeds"]) > 1:  # a spread takes two seeds
-                sides = {key: (*one[key], one["seeds"], *other[key], other["seeds"]) for key in measures}
+                sides = {key: (*one[key], one["seeds"], *other[key], other["seeds"]) for key in MEASURES}
                 found = (f"{key} {stats.ttest_ind_from_stats(*side, equal_var=False).pvalue:.3f}"
                          for key, side in sides.items())  # fmt: skip
                 print(f"{' against '.join(pair)}, {updates} updates, p by Welch's test: {', '.join(found)}")

@@ -76,7 +76,7 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
         with torch.no_grad(), forward_ad.dual_level():  # no_grad stops backward mode only
             # du/dt = v . grad_x u + 0 d_r u + 1 d_t u : the tangents of (x, r, t) are (v, 0, 1)
             x_dual = forward_ad.make_dual(x_t[rows].detach(), v[rows].detach())
-            r_dual = forward_ad.make_dual(r[rows], torch.zeros_like(r[rows]))  # a plain r in t - r is slow
+            r_dual = forward_ad.make_dual(r[rows], torch.zeros_like(r[rows]))  # a plain r: the same, slower
             t_dual = forward_ad.make_dual(t[rows], torch.ones_like(t[rows]))
             with autocast_off(v):  # bf16 would make du/dt wrong by a percent
                 u = u_labelled(x_dual, t=t_dual, r=r_dual)
@@ -97,8 +97,8 @@ def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2):
 
 def flow_matching_loss(v_theta, x_t, v, *, t, y=None):
     """Conditional flow matching (Lipman et al., arXiv 2210.02747): the squared distance of v_theta(x_t, t=t) from v, a
-    noisy target whose mean given x_t is learned. MeanFlow's weight, which plays down large errors, would miss the mean.
-    Arguments, and what is returned, as in `meanflow_loss`."""
+    noisy target whose mean given x_t is learned. MeanFlow's weight, which plays down large errors, would miss the mean
+    (a teacher's v has no noise). Arguments, and what is returned, as in `meanflow_loss`."""
     err = (with_labels(v_theta, y)(x_t, t=t) - v).square().flatten(1).sum(dim=1)  # (B,)
     return err.mean(), err
 
@@ -176,8 +176,8 @@ def learning_rate(step, steps, peak, warmup=100):
 
 def update(net, optimizer, loss_of, *, lr, words, parts=1, clip=20.0, amp=False):
     """Move one network by the gradient of loss_of(generator) -> (loss, log). -> log, of the last part
-    In short: zero_grad, loss, backward, clip, step. words, as (0, "td", step), seed the generator. Later: parts of a
-    batch save memory; of torchrun's RANKS processes, the RANK-th takes every RANKS-th part. clip: the greatest norm of
+    In short: zero_grad, loss, backward, clip, step. words, as (0, "td", step), seed the generator. To skip at first:
+    parts save memory; of torchrun's RANKS processes, the RANK-th takes every RANKS-th part. clip: the greatest norm of
     the gradient. amp: matrix products in bf16; times, du/dt and the loss stay in fp32."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -68,13 +68,11 @@ def with_labels(net, y):
     return net if y is None else partial(net, y=y)
 
 
-# --- Forward mode ----------------------------------------------------------------------------------------------------
-#
-# du/dt is one pass of dual numbers: a tensor x goes through the network together with its tangent dx, a direction, and
-# f turns the pair (x, dx) into (f(x), J dx), J being its Jacobian. make_dual joins a pair, unpack_dual parts it. Torch
-# has a rule for each operation. Read `Linear` and `linear`, from further down, as torch's own: they are only faster.
-
 # --- The 2D network --------------------------------------------------------------------------------------------------
+#
+# For du/dt (meanflow_td.py) dual numbers pass through it: a tensor x together with its tangent dx, a direction, and f
+# turns the pair (x, dx) into (f(x), J dx), J being its Jacobian. Torch has a rule for each operation. Read `Linear` and
+# `linear`, from further down, as torch's own: their rule is only faster.
 
 
 def sinusoids(a, frequencies):
@@ -121,8 +119,8 @@ class VelocityMLP(nn.Module):
         return self.out(self.layers(x_t, t, r)[-1])  # (B, dim)
 
     def features(self, x_t, *, t, y=None, taps):
-        """What awd.py's discriminator reads: one (B, len(taps), width), with a token for each tapped layer. A list, for
-        a DiT gives one for each layer, whose tokens are the patches."""
+        """What awd.py's discriminator reads: one (B, len(taps), width), with a token for each tapped layer. It is in a
+        list because a DiT gives one for each tapped layer, with patches as tokens."""
         hidden = self.layers(x_t, t, None)
         return [torch.stack([hidden[1 + i] for i in taps], dim=1)]
 

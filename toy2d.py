@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
+from scipy import stats
 
 from awd import AdaptiveWeightedDiscriminator
 from data import load, plot_curves, report, rng, save
 from dmd_refine import processes, refine
-from evaluate import compare
 from meanflow_td import NO_MOMENTUM, meanflow_target, new_network, sample, sample_ode, student_loss, teacher_loss, train
 from models import VelocityMLP, add_noise, expand_times
 
@@ -41,7 +41,7 @@ QUICK = dict(teacher_steps=150, td_steps=60, refine_steps=60, samples=2000, ode_
 
 # --- The trainings: each is a job for one process, and leaves one file -----------------------------------------------
 # Further down: `draw` takes points of a density, `keep` and `result` measure a network and write that down. Imported:
-# new_network builds one from a seed, processes() is a pool of processes.
+# new_network builds one from a seed, processes() is a pool of processes. A row is one of the table of results.
 
 
 def teacher_of(run, seed):
@@ -346,14 +346,23 @@ def show(run, rows):
     marks = [row | {"updates": n} | {key: load_kept(run, row["seed"], row["name"], n)[key] for key in measures}
              for row in rows if row["name"] in ("td-dmd", "dmd-short", "dmd-far") for n in MARKS if n <= second]
     report(out / "start.json", marks, FACTS, two)
-    compare(rows, [("HD: TD + DMD + AWD", "TD + DMD"), ("HD: TD + DMD + AWD", "TD + DMD + GAN, mean pooling"),
-                   ("HD: TD + DMD + AWD", "DMD + AWD, no TD"), ("TD + DMD", "DMD, no TD")], two)  # fmt: skip
-    compare(marks, [("TD + DMD", "DMD, no TD, stage 2 alone")], two)
+    for one, other in ("hd", "td-dmd"), ("hd", "td-mean"), ("hd", "dmd-awd"), ("td-dmd", "dmd"):
+        told_apart("at the end", rows, one, other, two)
+    for n in MARKS:
+        told_apart(f"after {n}", [row for row in marks if row["updates"] == n], "td-dmd", "dmd-short", two)
     plot_curves(out / "start.png", marks + [row for row in rows if row["name"] == "dmd"], "updates", two, START,
                 "Does the start matter? DMD alone from three starts, against the updates of stage 2")  # fmt: skip
     colours = reference(run["data"], run["samples"])[0][:POINTS, 1].argsort().argsort()  # noise points' ranks by height
     plot_story(out / "story.png", run, rows, colours)
     animate(out / "toy.gif", run, colours[:SHOWN])
+
+
+def told_apart(when, rows, one, other, measures):
+    """Print p by Welch's test between two trainings: small where they differ by more than their seeds do."""
+    for key in measures:
+        sides = [[row[key] for row in rows if row["name"] == name] for name in (one, other)]
+        if len(sides[0]) > 1:
+            print(f"{one} and {other} {when}, {key}: p = {stats.ttest_ind(*sides, equal_var=False).pvalue:.3f}")
 
 
 def scatter(axis, one, colours, title):
