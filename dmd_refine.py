@@ -3,7 +3,7 @@
 Stage 1 maps each noise point to the teacher's own sample of it, which a small network can't do for all points. Now it
 no longer matters WHICH sample a noise point becomes, only that all samples together have the teacher's distribution.
 For that, minimise KL(student || teacher) = E[log p_student - log p_teacher] on noised samples. As a sample moves, the
-KL changes by the difference of the scores (Yin et al., arXiv 2311.18828); that log p_student changes is 0 on average.
+KL changes by the difference of the scores (Yin et al., arXiv 2311.18828); log p_student's own change averages to 0.
 
     x_gen = eps - u(eps, 0, 1)                        the student's sample, one call
     x_t   = (1 - t) x_gen + t noise                   t in [0.02, 0.98]
@@ -59,18 +59,15 @@ T_DMD = 0.02, 0.98
 T_ADV = 0.02, 0.15
 
 
-def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake, normalize=True):
+def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake):
     """The direction in which x_gen should NOT go: (x0_fake - x0_real) / mean|x_gen - x0_real|, for each sample.
     x_gen, its noised x_t, and both velocities at (x_t, t): (B, ...); t (B,). Returns (B, ...).
     The normaliser gives all noise levels about the same weight. PRIOR: DMD (arXiv 2311.18828, eq. 8). It has a
-    further factor 1 - t; DMD2 and we drop it. normalize=False is for a test."""
+    further factor 1 - t; DMD2 and we drop it."""
     x0_real = x0_from_velocity(x_t, t, v_real)
     x0_fake = x0_from_velocity(x_t, t, v_fake)
-    grad = x0_fake - x0_real
-    if normalize:
-        scale = (x_gen - x0_real).abs().flatten(1).mean(dim=1)  # (B,)
-        grad = grad / expand_times(scale.clamp_min(1e-6), grad)
-    return grad
+    scale = (x_gen - x0_real).abs().flatten(1).mean(dim=1)  # (B,)
+    return (x0_fake - x0_real) / expand_times(scale.clamp_min(1e-6), x_gen)
 
 
 def dmd_loss(x_gen, grad):
