@@ -1,7 +1,7 @@
 """What is drawn, read and saved: random numbers, the file that a killed run resumes from, results, images, latents.
 
 Randomness is a function of (seed, stream, step), never of history. So a stage of training is ONE file, which `go_on`
-writes every minute: networks, optimisers, step. The same command again reads it and goes on, bit for bit on the CPU.
+writes every minute: networks, optimisers, step. The same command resumes from it, bit for bit on the CPU.
 Images are uint8 (H, W, C) in files, and float (B, C, H, W) in [-1, 1] for networks. A source of training data is a
 function draw(batch, generator) -> x_0 (B, ...), y (B,): `draw_glyphs`, `ImageFolder.draw`, `Latents.draw`.
 """
@@ -28,12 +28,12 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 class BadInput(SystemExit):
-    """A sentence for whoever typed the command: Python prints it in the place of a traceback, and exits with 1."""
+    """A sentence for whoever typed the command: Python prints it instead of a traceback, and exits with 1."""
 
 
 @contextmanager
 def blame(what, remedy):
-    """Any error within, reading a file that is cut off or holds something else, becomes BadInput: what, why, remedy."""
+    """Any error inside, from reading a truncated or wrong file, becomes BadInput: what, why, remedy."""
     try:
         yield
     except Exception as error:  # neither torch nor numpy nor Pillow has one type for all of them
@@ -104,8 +104,8 @@ def check_made(path, was, now):
 def go_on(path, parts, one_step, *, steps, config, look=None, look_every=500, every=60.0, log_every=100):
     """Call one_step(k) -> {name: scalar tensor} for k = 0 .. steps - 1, or from where an earlier call was stopped.
     path: the file of this stage; beside it, <name>.csv gets a row for every `log_every` steps. parts: {name: module or
-    optimizer}, all that the steps change. config: what must be as it was. every: seconds between saves. look(n): draws
-    after n steps, every `look_every` and the last. BadInput: another config; a NaN, and the last save is kept."""
+    optimizer}, all that the steps change. config: must match the file's. every: seconds between saves. look(n): draws
+    after n steps, every `look_every` and the last. BadInput: config differs; or a NaN (the last save is kept)."""
     if steps < 1:
         raise BadInput(f"{path.stem} with {steps} steps: give at least 1")
     config = json.loads(json.dumps(config | {"steps": steps}))  # as it is read back: tuples become lists
@@ -288,7 +288,7 @@ class ImageFolder:
 
 @torch.no_grad()
 def encode(folder, vae, cache, about, batch=32):
-    """Write the latents of all images of a folder, and of their mirror images, or go on where a call was stopped.
+    """Write the latents of all images of a folder, and of their mirror images, or resume a stopped call.
     cache/moments.npy: float16 (N, 2 views, mean and logvar, C, h, w); two views, since a latent can't be mirrored.
     info.json: how much is done, and `about`, which must be as it was. BadInput: it is not; an image can't be read."""
     note, about = cache / "info.json", about | {"images": len(folder), "size": folder.size, "classes": folder.classes}

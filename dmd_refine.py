@@ -1,6 +1,6 @@
 """Stage 2: refine the one-step student by distribution matching (DMD) and an adversarial loss (AWD).
 
-Stage 1 maps each noise point to the teacher's own sample of it, which a small network can't do for all points. Now it
+Stage 1 maps each noise point to the teacher's sample from it, which a small network can't do for all points. Now it
 no longer matters WHICH sample a noise point becomes, only that all samples together have the teacher's distribution.
 For that, minimise KL(student || teacher) = E[log p_student - log p_teacher] on noised samples. As a sample moves, the
 KL changes by the difference of the scores (Yin et al., arXiv 2311.18828); log p_student's own change averages to 0.
@@ -28,7 +28,7 @@ features of x_gen at a little noise, where local defects can still be seen. Thre
     python dmd_refine.py --data glyphs --probe                 # at which noise can a discriminator see anything?
 
 A run adds to the folder of stage 1: <name>-seed<seed>.pt, its csv, in samples/ grids and `panels`, and in budgets/ the
-student after several updates. OURS, as the paper does not state them: rates, update ratio, lambda_adv, its times.
+student at earlier updates. OURS, as the paper does not state them: rates, update ratio, lambda_adv, its times.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def dmd_gradient(x_gen, x_t, *, t, v_real, v_fake):
 
 
 def dmd_loss(x_gen, grad):
-    """1/2 mean (x_gen - sg[x_gen - grad])^2 over all elements, whose gradient by x_gen is grad / x_gen.numel()."""
+    """1/2 mean (x_gen - sg[x_gen - grad])^2 over all elements; gradient w.r.t. x_gen: grad / x_gen.numel()."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - grad).detach())
 
 
@@ -188,7 +188,7 @@ def refine(path, student, teacher, fake, discriminator, draw, *, steps, lr=RATES
     return ema
 
 
-# --- A student of one and of two calls: --student-steps 2 ------------------------------------------------------------
+# --- A student for one and two calls: --student-steps 2 ------------------------------------------------------------
 
 ONE_CALL = 0.75  # OURS: share of rows that such a student makes in 1 call, since one call is harder to learn
 
@@ -223,7 +223,7 @@ class FakeByCalls(nn.Module):
 def panels(student, teacher, fake, discriminator, eps, y, *, taps, decode, t=0.5):
     """What stage 2 sees of ten samples, row by row (rows * 10, C, H, W): x_gen; x0_real and x0_fake at its noised x_t;
     the gradient, scaled to be seen. Where x0_real and x0_fake look the same, the student has nothing more to learn, or
-    the fake branch has not followed. Then for each tapped layer where the discriminator looks: grey is a token with an
+    the fake branch has not followed. Then, per tapped layer, where the discriminator looks: grey is a token with an
     even share of the weight, black one with none, white one with twice its share or more."""
     eps, y = eps[:: len(eps) // 10][:10], y[:: len(y) // 10][:10]
     x_gen, times = generate(student, eps, y), eps.new_full((len(eps),), t)
@@ -250,8 +250,8 @@ PROBE_QUICK = dict(levels=(0.05, 0.4), images=200, updates=10)
 
 @torch.no_grad()
 def blur_patch(x, generator):
-    """Images x (B, C, H, W), each with one patch of a quarter of its sides blurred by (1 2 1), around a random place;
-    places are drawn by how much the blur changes there, since blurring an empty ground changes nothing."""
+    """Images x (B, C, H, W), each with one patch (a quarter of each side) blurred by (1 2 1), at a random place;
+    places are drawn by how much the blur changes there, since blurring background changes nothing."""
     B, C, H, W = x.shape
     kernel = torch.tensor([1.0, 2.0, 1.0], device=x.device) / 4
     framed = F.pad(x, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None]
@@ -264,8 +264,8 @@ def blur_patch(x, generator):
 
 
 def probe(path, draw, student, teacher, build, *, taps, levels, images, updates):
-    """Train discriminators on what stands still, and draw how well they tell it.
-    Data from the samples of a fixed student, and clean data from data with one blurred patch, at each noise level t.
+    """Train discriminators on fixed images, and plot how well they tell apart, at each noise level t: data and samples
+    of a fixed student; clean data and data with one blurred patch.
     build(pooling) -> a discriminator. path: of the picture; the AUC (area under the ROC curve: 0.5 is a guess, 1 is
     always right) is of the last quarter of the images, which were not trained on."""
     x_data, y = draw(images, rng(0, "probe", device=next(student.parameters()).device))
@@ -306,7 +306,7 @@ def probe(path, draw, student, teacher, build, *, taps, levels, images, updates)
 
 # OURS. lambda_adv: of 0.001, 0.003, 0.01 and 0.03, the first two bring both poolings about equally near to the data;
 # pull_adv is then up to 0.7 times pull_dmd. At 0.01 it is more than twice pull_dmd, and the distance a tenth larger.
-# At twice this lr samples vary less (recall 0.71, not 0.80). All on seed 3, 500 updates in all.
+# At twice this lr samples vary less (recall 0.71 vs 0.80). All on seed 3, 500 updates in all.
 GLYPHS = dict(batch=32, steps=2000, taps=(1, 3), lambda_adv=3e-3, fake_updates=2, clip=10.0,
               lr={"student": 1e-3, "fake": 1e-3, "discriminator": 5e-3})  # fmt: skip
 # PRIOR: lr, fake_updates, clip and lambda_adv are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official code).

@@ -5,10 +5,10 @@ fitted to the clouds of these numbers of two sets of images:
 
     FID = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
 
-sFID does so with 2023 numbers that keep the place in the image. Precision is the share of generated images within the
+sFID does so with 2023 numbers that keep spatial position. Precision is the share of generated images within the
 data's cloud, recall the share of data within the generated cloud. The Inception Score asks whether each image clearly
 shows one class, while all together show all classes. The resize to 299 px alone changes FID by 0.1, the number of
-images much more: a row says what was compared. Small images are judged by a classifier trained here, not blown up.
+images much more: a row says what was compared. Small images are judged by a classifier trained here, not upscaled.
 
     python evaluate.py --data glyphs                                             # the table of a run on small images
     python evaluate.py --sample 50000 --checkpoint runs/imagenet/hd-seed0.pt     # images, and then
@@ -331,7 +331,7 @@ def high_power(spectrum, reference):
 class Judge:
     """Compares images with held-out ones: judge(images (N, C, size, size), labels (N,)) -> {measure: float}.
     frechet, precision, recall: in the classifier's features; a distance falls as N grows, so equal N compare.
-    class_accuracy: share of images that the classifier takes for what was asked for. high_power: see there."""
+    class_accuracy: share of images classified as the requested class. high_power: see there."""
 
     def __init__(self, classifier, held_out):
         self.classifier = classifier
@@ -381,7 +381,7 @@ def judge_run(out, count, seed, device, quick=False):
     """The table of a run on small images: a row for data, teacher, TD and every student that is there; the pictures."""
     teacher, config = load_net(out / "teacher.pt", "run meanflow_td.py with the same --data and --out first", device)
     source, _ = open_data(config["data"], config["data_dir"], size=config["shape"][1], device=device)
-    students = {}  # one for a name, a seed and a number of updates: budgets/ may hold what is there in whole
+    students = {}  # one per name, seed and number of updates: budgets/ may repeat a finished one
     for pattern in ("meanflow.pt", "td.pt", "*-seed*.pt", "budgets/*.pt"):
         for path in sorted(out.glob(pattern)):
             student, made = load_net(path, "", device)
@@ -504,7 +504,7 @@ def write_samples(*, out, count, checkpoint, teacher, vae, sampler, steps, class
 def flops_table():
     """GMACs (a MAC is 2 FLOPs) for one 256 px ImageNet image, by torch's counter: a dict of rows.
     PAPER: one step takes 69.7 times fewer FLOPs than the teacher's 250. That is what XL/2 and the decoder of SD's VAE
-    give if the decoder is counted on either side and the teacher's second pass for guidance is not."""
+    give if the decoder is counted on both sides and the teacher's second pass for guidance is not."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():  # shapes, and no memory
         xl_2, z = DiT(32, 2, 4, hidden_size=1152, depth=28, num_heads=16, learn_sigma=True), torch.empty(1, 4, 32, 32)
         xl_2(z, t=torch.empty(1), y=torch.zeros(1, dtype=torch.int64))

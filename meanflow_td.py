@@ -26,7 +26,7 @@ finite network smooths these places, and samples fall between the modes (toy2d.p
     python meanflow_td.py --data glyphs                                   # digits: trains the teacher, then its student
     python meanflow_td.py --data imagenet --data-dir DIR --device cuda    # latents, then a student of SiT-XL/2
 
-A run leaves runs/<data>/: teacher.pt, td.pt, a csv for each, grids in samples/. Killed, it goes on by the same command.
+A run leaves runs/<data>/: teacher.pt, td.pt, a csv for each, grids in samples/. If killed, the same command resumes it.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from models import (DiT, DiTTeacher, SiTTeacher, Velocity, add_noise, autocast_o
 
 def draw_times(batch, generator, *, share_spans=0.75, share_to_data=0.3):
     """Times r <= t, each (batch,): the first share_spans of the rows span r < t, the others have r = t.
-    The spans alone need du/dt; the others have the target v itself. Of the spans, share_to_data reach down to r = 0, as
+    Only the spans need du/dt; the others have the target v itself. Of the spans, share_to_data reach down to r = 0, as
     a one-step sample does. TRY: share_to_data=1.0, see the README."""
     # DIFFERS: MeanFlow (arXiv 2505.13447) draws both times from sigmoid(N(-0.4, 1)), which hardly ever comes near 0 and
     # 1, the two that a one-step sample uses; 25 % of its rows are spans.
@@ -87,7 +87,7 @@ def meanflow_target(u_theta, x_t, v, *, r, t, y=None):
 
 def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2):
     """MeanFlow's loss: the student's squared distance from u_target (arXiv 2505.13447, Sec. 4), adaptively weighted so
-    that rows far off do not rule the batch. Arguments as in `meanflow_target`. Returns the scalar loss; err (B,), the
+    that outliers do not dominate the batch. Arguments as in `meanflow_target`. Returns the scalar loss; err (B,), the
     raw squared error, a sum for each row. Watch err: at p = 1 the loss is about 1 as long as err is far above c.
     p, c: the weight 1/(err + c)^p, without gradient. PRIOR: p = 1, c = 1e-2 (MeanFlow's official code)."""
     u_target, _ = meanflow_target(u_theta, x_t, v, r=r, t=t, y=y)
@@ -97,7 +97,7 @@ def meanflow_loss(u_theta, x_t, v, *, r, t, y=None, p=1.0, c=1e-2):
 
 def flow_matching_loss(v_theta, x_t, v, *, t, y=None):
     """Conditional flow matching (Lipman et al., arXiv 2210.02747): the squared distance of v_theta(x_t, t=t) from v, a
-    noisy target whose mean given x_t is learned. MeanFlow's weight, which plays down large errors, would miss the mean
+    noisy target whose mean given x_t is learned. MeanFlow's weight, which downweights large errors, would bias it
     (a teacher's v has no noise). Arguments, and what is returned, as in `meanflow_loss`."""
     err = (with_labels(v_theta, y)(x_t, t=t) - v).square().flatten(1).sum(dim=1)  # (B,)
     return err.mean(), err
@@ -142,8 +142,8 @@ def sample_ode(velocity, eps, y=None, steps=100):
 
 def teacher_loss(net, generator, *, draw, null_class=None):
     """Stage 0: flow matching on eps - x_0. draw(generator) -> data x_0 (B, ...), labels y (B,) or None.
-    null_class, for images only: one label in ten becomes this one, so that the network also knows the velocity of all
-    classes together, which guidance needs (Ho & Salimans, arXiv 2207.12598)."""
+    null_class, for images only: one label in ten becomes this one, so that the network also learns the
+    unconditional velocity, which guidance needs (Ho & Salimans, arXiv 2207.12598)."""
     x_0, y = draw(generator)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     # OURS: uniform times. The edges of a density are decided at small t, which logit-normal times seldom see.
@@ -170,15 +170,15 @@ def student_loss(net, generator, *, draw, teacher, share_spans=0.75, t_limits=(0
 
 
 def learning_rate(step, steps, peak, warmup=100):
-    """Half a cosine from `peak` to almost 0 at the last of `steps`; times a linear rise over the first `warmup`."""
+    """Cosine decay from `peak` to almost 0 over `steps`, times a linear warmup over the first `warmup`."""
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def update(net, optimizer, loss_of, *, lr, words, parts=1, clip=20.0, amp=False):
     """Move one network by the gradient of loss_of(generator) -> (loss, log). -> log, of the last part
     In short: zero_grad, loss, backward, clip, step. words, as (0, "td", step), seed the generator. To skip at first:
-    parts save memory; of torchrun's RANKS processes, the RANK-th takes every RANKS-th part. clip: the greatest norm of
-    the gradient. amp: matrix products in bf16; times, du/dt and the loss stay in fp32."""
+    parts save memory; of torchrun's RANKS processes, the RANK-th takes every RANKS-th part. clip: the maximum gradient
+    norm. amp: matrix products in bf16; times, du/dt and the loss stay in fp32."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
@@ -252,7 +252,7 @@ Source = namedtuple("Source", "draw shape classes decode")
 
 
 def open_data(data, data_dir, *, size, device, teacher=None, vae=None, cache=None):
-    """The Source of --data, and its published teacher: None but for imagenet, whose latents are encoded on first use.
+    """The Source of --data, and its published teacher: None unless imagenet, whose latents are encoded on first use.
     BadInput lists all that a run on ImageNet lacks here; weights are fetched if they alone are missing."""
     if data == "glyphs":
         return Source(partial(draw_glyphs, size=size), (1, size, size), 10, lambda x: x), None
@@ -304,7 +304,7 @@ def load_net(path, hint, device="cpu", two_times=None):
 
 
 def grid_noise(source, device):
-    """The noise and the labels of all grids: ten of ten classes. Drawn on the CPU, the same on any device."""
+    """Noise and labels of all grids: ten each of ten classes. Drawn on the CPU, the same on any device."""
     rows = min(10, source.classes)
     y = (torch.arange(rows) * source.classes // rows).repeat_interleave(10)
     return torch.randn(len(y), *source.shape, generator=rng(0, "grid")).to(device), y.to(device)

@@ -8,7 +8,7 @@
 
     u(x_t, r, t) = 1/(t - r) * integral_r^t v(x_s, s) ds,   r <= t       the AVERAGE velocity of MeanFlow
     x_r = x_t - (t - r) u(x_t, r, t)                                     so one step is x_0 = eps - u(eps, 0, 1)
-    In these two lines x_s is no straight line, but the solution of dx/ds = v(x, s) through x_t: the path of sampling.
+    Here x_s is not a straight line but the solution of dx/ds = v(x, s) through x_t: the sampling path.
 
 A network with a single time, net(x_t, t=t), is a velocity field v: a teacher, or the fake branch of DMD. A network with
 two_times=True, net(x_t, t=t, r=r), is an average velocity u: a student. At r = t, u is v. On images a student starts
@@ -134,7 +134,7 @@ class VelocityMLP(nn.Module):
 #   image (B, C, H, W) --patches, + positions--> tokens (B, N, D) --> depth x block --> final layer --> (B, C, H, W)
 #   c = embed(t) + embed(y)   (B, D)                        each block and the final layer read c
 #
-# What is special is how a block hears of the time and the class. LayerNorm has no gain and bias of its own; a linear
+# What is special is how time and class condition a block. LayerNorm has no gain and bias of its own; a linear
 # layer computes shift, scale and a gate for each branch from c ("adaLN"). That layer starts at zero ("-Zero"), so every
 # gate is 0 and every block starts as the identity. The names of the parameters are the published checkpoints', so those
 # load key for key. That is why a lone layer sometimes sits in a chain of one.
@@ -315,9 +315,9 @@ class DiT(nn.Module):
         return self.x_embedder(x_t).flatten(2).transpose(1, 2).contiguous() + self.pos_embed, c
 
     def forward(self, x_t, *, t, y, r=None):
-        """The network's answer at x_t (B, C, H, W), labels y (B,) int64: (B, out_channels, H, W). t (B,), and r (B,)
+        """The network's output at x_t (B, C, H, W), labels y (B,) int64: (B, out_channels, H, W). t (B,), and r (B,)
         where there are two times, are in the net's own clock: 0 .. 999 for a published DiT, [0, 1] for SiT, [0, CLOCK]
-        for nets trained here. What the answer means, the wrapper knows (see `Velocity`)."""
+        for nets trained here. The wrapper knows what the output means (see `Velocity`)."""
         x, c = self.embed(x_t, t, y, r)
         for block in self.blocks:
             x = self.run(block, x, c)
@@ -400,7 +400,7 @@ class Velocity(nn.Module):
     def velocity(self, x_t, *, t, y, r=None, w=1.0, cfg_channels=3):
         """Guided velocity v_w = v_null + w (v_cond - v_null): x_t (B, C, H, W), t (B,) in [0, 1], y (B,) -> like x_t.
         w: guidance scale; 1 is none, and then the null class costs nothing (Ho & Salimans, arXiv 2207.12598).
-        cfg_channels: so many channels are guided. PRIOR: 3 of 4 in the official code of DiT and SiT, and in FIDs."""
+        cfg_channels: number of guided channels. PRIOR: 3 of 4 in the official code of DiT and SiT, and in FIDs."""
         x, time, r = self.to_net(x_t, t, r)
         answer = self.answer(x, time, y, r, w, cfg_channels)
         return self.to_velocity(answer[:, : x_t.shape[1]], x_t, t)  # learned variances, if any, are not for us
@@ -421,7 +421,7 @@ class SiTTeacher(Velocity):
         SiT    x = t x_0 + (1 - t) eps      v_SiT = x_0 - eps      t = 0 noise, t = 1 data
         here   x = (1 - t) x_0 + t eps      v     = eps - x_0      t = 0 data,  t = 1 noise
 
-    Exchanging t and 1 - t makes the paths equal; the velocity, a derivative by t, changes its sign:
+    Exchanging t and 1 - t makes the paths equal; the velocity, a derivative in t, changes sign:
         v(x_t, t) = -v_SiT(x_t, 1 - t)      u(x_t, r, t) = -u_SiT(x_t, 1 - r, 1 - t)"""
 
     def to_net(self, x_t, t, r=None):
@@ -449,7 +449,7 @@ class DiTTeacher(Velocity):
     the above. For unit Gaussian data this is wrong by 2.0e-4 |x| at t = 0 and by 8e-5 |x| at t = 1.
     OURS: the clamp and the interpolation of the clock; the published sampler uses whole k only.
 
-    A student of it (net with two_times) hears (k(t), k(r)), and the SAME formula turns its answer into u:
+    A student of it (net with two_times) takes (k(t), k(r)), and the SAME formula turns its answer into u:
     u = (eps_hat - x_t) / (1 - t). Compared with a SiT, this costs:
     - du/dt passes through k. One unit of t is at least 176 steps, 15,757 at t_999; the embedder's fastest wave turns by
       1 rad in one step, where a SiT's turns by 1 rad in all of [0, 1]. And du/dt jumps at every step.
@@ -561,7 +561,7 @@ def sample_sde(velocity, eps, y=None, steps=250, *, generator):
 # --- The autoencoder of Stable Diffusion -----------------------------------------------------------------------------
 #
 # Rombach et al., arXiv 2112.10752: images of 3 channels to latents of 4, 8 times smaller. The teachers for ImageNet
-# live in these latents. Frozen; we only need it to answer what diffusers' answers, and name its parameters so.
+# live in these latents. Frozen; it only has to match diffusers' outputs and parameter names.
 #
 #   encode   3 --conv--> stage --halve--> stage --halve--> stage --halve--> stage --> middle --conv--> mean, logvar
 #   decode   z --conv--> middle --> stage --double--> stage --double--> stage --double--> stage --conv--> 3

@@ -3,7 +3,7 @@
     python toy2d.py              the story, one seed        python toy2d.py --seeds 3     with mean and spread
     python toy2d.py --quick      all of it, small           python toy2d.py --unify       three methods, one function
 
-It leaves pictures, results.json and a csv for each training in runs/toy2d/. The same command again goes on, or redraws.
+It leaves pictures, results.json and a csv for each training in runs/toy2d/. The same command resumes, or redraws.
 
 1. A teacher learns the velocity field of a density by flow matching. It samples by Heun's method, with 64 calls.
 2. The bottleneck. Students of many sizes learn its average velocity (TD, meanflow_td.py) and sample with ONE call.
@@ -53,7 +53,7 @@ def teacher_of(run, seed):
 
 
 def data_row(run, seed):
-    """The row of other points of the data: as near to it as so many samples can come."""
+    """The row of fresh data points: as near the data as that many samples can come."""
     x, _ = draw(run["data"], run["samples"], rng(seed, "other data"))
     return {"what": "data", "name": "data", "seed": seed, "nfe": 0, **measure(x, run["data"], x)}
 
@@ -181,7 +181,7 @@ def reference(data, samples):
 
 
 def measure(x, data, x_teacher):
-    """The measures of samples x (n, 2). x_teacher (n, 2): the teacher's samples of the same noise."""
+    """The measures of samples x (n, 2). x_teacher (n, 2): the teacher's samples from the same noise."""
     _, part_of, parts = DENSITIES[data]
     part = part_of(x)
     shares = torch.bincount(part[part >= 0], minlength=parts) / len(x)
@@ -288,8 +288,8 @@ DENSITIES |= {"rings": (partial(blurred, RINGS), partial(curve_of, RINGS), 3),
 
 
 # --- What is kept, and the pictures of it -----------------------------------------------------------------------------
-# Pictures look at the samples of these trainings after so many updates of a stage. A training without TD is as long as
-# both stages, so it is looked at again when td_steps and so many updates have passed, beside stage 2 of the others.
+# Pictures show samples of these networks at MARKS updates of a stage. One without TD trains as long as both stages, so
+# it is shown again at td_steps + MARKS updates, beside stage 2 of the others.
 WATCHED = ("td-start", "hd", "dmd-awd", "td-dmd", "dmd-short", "dmd-far")
 LAST = 99_999  # in the name of a file, the end of a training, however many updates it has
 MARKS = (25, 50, 100, 150, 200, 400, 800, 1900)
