@@ -124,7 +124,8 @@ def generator_loss(teacher, fake, discriminator, x_gen, y, generator, *, lambda_
     if discriminator is not None:
         adv, pull = adversarial_pull(teacher, discriminator, x_gen, y, generator, lambda_adv=lambda_adv, taps=taps)
         log["pull_adv"] = pull.norm()
-        # adv is a number without a graph; the last term is 0, and its gradient on x_gen is pull
+        # L_G = L_DMD + lambda_adv L_adv. adv is the value of the second term, a number without a graph, and pull its
+        # gradient on x_gen, which the student gets by a term that is 0
         loss = loss + adv + ((x_gen - x_gen.detach()) * pull).sum()
     return loss, log
 
