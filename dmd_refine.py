@@ -28,7 +28,7 @@ features of x_gen at a little noise, where local defects can still be seen. Thre
     python dmd_refine.py --data glyphs --probe                 # at which noise can a discriminator see anything?
 
 A run adds to the folder of stage 1: <name>-seed<seed>.pt, its csv, in samples/ grids and `panels`, and in budgets/ the
-student at earlier updates. OURS, as the paper does not state them: rates, update ratio, lambda_adv, its times.
+student at earlier updates. Not stated by the paper: rates, update ratio, lambda_adv, the times of its term.
 """
 
 import argparse
@@ -305,9 +305,9 @@ def probe(path, draw, student, teacher, build, *, taps, levels, images, updates)
 
 # --- The run ---------------------------------------------------------------------------------------------------------
 
-# OURS. lambda_adv: of 0.001, 0.003, 0.01 and 0.03, the first two bring both poolings about equally near to the data;
-# pull_adv is then up to 0.7 times pull_dmd. At 0.01 it is more than twice pull_dmd, and the distance a tenth larger.
-# At twice this lr samples vary less (recall 0.71 vs 0.80). All on seed 3, 500 updates in all.
+# OURS. lambda_adv: 0.001 and 0.003 end about equally near to the data, with either pooling; pull_adv is then up to 0.7
+# times pull_dmd. At 0.01 it is more than twice pull_dmd, and the Frechet distance a tenth larger. At twice this lr
+# samples vary less (recall 0.71 vs 0.80). All from runs of 500 updates, seed 3.
 GLYPHS = dict(batch=32, steps=2000, taps=(1, 3), lambda_adv=3e-3, fake_updates=2, clip=10.0,
               lr={"student": 1e-3, "fake": 1e-3, "discriminator": 5e-3})  # fmt: skip
 # PRIOR: lr, fake_updates, clip and lambda_adv are DMD2's for ImageNet at 64 px (arXiv 2405.14867, official code).
