@@ -37,7 +37,7 @@ import math
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -341,9 +341,8 @@ def open_stage_1(out, teacher, *, init, seed, device, about):
     return student, teacher
 
 
-@cache
 def processes():
-    """A process for each core, one thread each; .map(work, jobs) yields work(job) for all jobs, in their order."""
+    """A process for each core, one thread each, for use in a with; map(work, jobs) yields work(job) in their order."""
     return ProcessPoolExecutor(None, torch.multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
 
 
@@ -379,7 +378,8 @@ def main(argv=None):
         rest = [word for word in argv if word != "--ablation"]  # of a flag given twice, the last counts
         jobs = [[*rest, f"--name={name}", f"--init={init}", f"--pooling={pooling}", f"--seed={seed}"]
                 for seed in range(args.seeds) for name, (init, pooling) in VARIANTS.items()]  # fmt: skip
-        list(processes().map(main, jobs))
+        with processes() as pool:
+            list(pool.map(main, jobs))
         table = [sys.executable, Path(__file__).with_name("evaluate.py"), "--data", args.data, "--out", out]
         return subprocess.run(table + ["--quick"] * args.quick, check=True)
 

@@ -77,7 +77,7 @@ def with_labels(net, y):
 
 def sinusoids(a, frequencies):
     """Features [a, sin(f a), cos(f a)] of each column of a (B, D), at K frequencies in rad/unit: (B, D (1 + 2K))."""
-    phase = linear(a[:, :, None], frequencies[:, None]).flatten(1)  # a * frequencies, but faster: (B, D K)
+    phase = linear(a[:, :, None], frequencies[:, None]).flatten(1)  # a * frequencies, by a faster rule: (B, D K)
     return torch.cat([a, phase.sin(), phase.cos()], dim=1)
 
 
@@ -151,7 +151,8 @@ def at_least_fp32(x):
 
 
 def linear(x, weight, bias=None):
-    """W x + b, whose tangent is one product, W dx: torch's rule adds a second, of x with a dW of zeros."""
+    """W x + b, whose tangent is one product, W dx. Torch's rule adds a second, of x with a dW of zeros, as it does for
+    all operations of a tensor that has a tangent with one that has none: by way of Python, slow for small tensors."""
     x, dx = forward_ad.unpack_dual(x)
     y = F.linear(x, weight, bias)
     return y if dx is None else forward_ad.make_dual(y, F.linear(dx, weight))

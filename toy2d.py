@@ -41,7 +41,7 @@ QUICK = dict(teacher_steps=150, td_steps=60, refine_steps=60, samples=2000, ode_
 
 # --- The trainings: each is a job for one process, and leaves one file -----------------------------------------------
 # Further down: `draw` takes points of a density, `keep` and `result` measure a network and write that down. Imported:
-# new_network builds one from a seed, processes() is a pool of processes. A row is one of the table of results.
+# new_network builds one from a seed. pool: of processes. A row is one of the table of results.
 
 
 def teacher_of(run, seed):
@@ -78,8 +78,7 @@ def td_rate(width):
 def td_row(run, job):
     """Job: a student by TD. -> its row"""
     seed, name, what, width, updates = job
-    teacher = teacher_of(run, seed)  # from its file
-    loss = partial(student_loss, draw=partial(draw, run["data"], 256), teacher=teacher)
+    loss = partial(student_loss, draw=partial(draw, run["data"], 256), teacher=teacher_of(run, seed))
     net = train(run["out"] / f"seed{seed}-{name}.pt", student(seed, width), loss, steps=updates, lr=td_rate(width),
                 betas=NO_MOMENTUM, seed=seed, config={"data": run["data"]},
                 look=partial(keep, run, seed, name), look_every=25)  # fmt: skip
@@ -105,18 +104,18 @@ def refined_row(run, job):
     return result(run, seed, name, what, net, updates + (start == "td") * run["td_steps"])
 
 
-def story(run, seeds):
+def story(run, seeds, pool):
     """Teachers, their students by TD, stage 2; then the table and the pictures."""
     first, second = run["td_steps"], run["refine_steps"]
     rows = [data_row(run, seed) for seed in seeds]
-    rows += processes().map(partial(teacher_row, run), seeds)
+    rows += pool.map(partial(teacher_row, run), seeds)
 
     # seed, name, what it is, width, updates. First the largest student, trained longer: is the gap one of training?
     jobs = [(0, f"td-x{k}", f"TD, {k} times the updates", WIDTHS[0], k * (first + second)) for k in (4, 2)]
     for seed in seeds:
         jobs += [(seed, f"td-{width}", "TD", width, first + second) for width in WIDTHS]
         jobs += [(seed, "td-start", "TD, stage 1 alone", HD_WIDTH, first)]
-    rows += processes().map(partial(td_row, run), jobs)
+    rows += pool.map(partial(td_row, run), jobs)
 
     # name, what it is, start, pooling, updates of stage 2; the longest first. "td": from td-start
     variants = [("dmd-awd", "DMD + AWD, no TD", "random", "attention", first + second),
@@ -126,7 +125,7 @@ def story(run, seeds):
                 ("td-dmd", "TD + DMD", "td", "none", second),
                 ("dmd-short", "DMD, no TD, stage 2 alone", "random", "none", second),
                 ("dmd-far", "DMD, from far off", "far", "none", second)]  # far: no overlap at first  # fmt: skip
-    rows += processes().map(partial(refined_row, run), [(seed, *variant) for variant in variants for seed in seeds])
+    rows += pool.map(partial(refined_row, run), [(seed, *variant) for variant in variants for seed in seeds])
     show(run, rows)
 
 
@@ -254,11 +253,11 @@ def road_row(run, job):
     return result(run, seed, name, road, teacher, updates, lambda net, eps: eps - net(eps, t=torch.ones(len(eps))))
 
 
-def unify(run, seeds):
+def unify(run, seeds, pool):
     """Three distillations of one teacher, at three sizes; then the table and the picture."""
-    rows = list(processes().map(partial(teacher_row, run), seeds))
+    rows = list(pool.map(partial(teacher_row, run), seeds))
     jobs = [(seed, road, width) for width in (88, 48, 18) for road in ROADS for seed in seeds]
-    rows += processes().map(partial(road_row, run), jobs)
+    rows += pool.map(partial(road_row, run), jobs)
     report(run["out"] / "unified.json", rows, FACTS, MEASURES)
     plot_curves(run["out"] / "unified.png", rows, "width", {"replay_error": MEASURES["replay_error"]}, ROADS,
                 "Three distillations of one teacher to one call, at three widths")  # fmt: skip
@@ -412,7 +411,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     name = "-".join(["toy2d"] + [args.data] * (args.data != "checkerboard") + ["quick"] * args.quick)
     run = (QUICK if args.quick else DEFAULT) | {"data": args.data, "out": args.out or Path("runs", name)}
-    (unify if args.unify else story)(run, range(args.seeds))
+    with processes() as pool:
+        (unify if args.unify else story)(run, range(args.seeds), pool)
     print(f"In {run['out']}: pictures, rows as JSON, csv files.")
 
 

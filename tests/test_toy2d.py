@@ -4,6 +4,7 @@ import builtins
 import json
 import shutil
 import signal
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import broken
 from PIL import Image
+from scipy.special import betainc
 from test_meanflow import GaussianFlow
 from test_propositions import check_consistency_gradient, check_progressive, gaussian_exact
 from test_runs import end, start  # noqa: F401  start is a fixture
@@ -87,6 +89,16 @@ def check_rounds(m=toy2d):
     check_progressive(m.progressive_target, GaussianFlow().velocity, gaussian_exact)
 
 
+def test_told_apart(capsys):
+    """Welch's p by hand: (1, 2, 3) and (2, 4, 6) have t^2 = 12/5 and 50/17 degrees of freedom."""
+    rows = [{"name": name, "x": k * step} for k in (1, 2, 3) for name, step in (("a", 1.0), ("b", 2.0), ("c", 9.0))]
+    toy2d.told_apart("now", rows, "a", "b", ["x"])
+    toy2d.told_apart("now", rows[:3], "a", "b", ["x"])  # of one seed there is nothing to tell
+    said = capsys.readouterr().out.splitlines()
+    p = betainc(25 / 17, 0.5, 50 / 17 / (50 / 17 + 12 / 5))  # the tails of Student's distribution
+    assert len(said) == 1 and float(said[0].split("p = ")[1]) == pytest.approx(p, abs=6e-4)
+
+
 def test_the_two_other_roads():
     check_consistency()
     check_rounds()
@@ -114,7 +126,7 @@ def in_one_process(arguments, put=partial(setattr, toy2d)):
     """The script with few steps, on small batches, its jobs one after the other."""
     put("QUICK", FEW)
     put("draw", lambda data, batch, generator: (toy2d.DENSITIES[data][0](16, generator), None))
-    put("processes", lambda: builtins)  # whose map runs the jobs here
+    put("processes", lambda: nullcontext(builtins))  # whose map runs the jobs here
     toy2d.main(arguments)
 
 
