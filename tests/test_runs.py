@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -120,12 +121,18 @@ def test_a_killed_encoder_goes_on_to_the_same_bits(start, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_make_what_one_makes_in_two_parts(start, tmp_path):
-    """The teacher, the student, and stage 2 with its discriminator; torchrun's processes talk by gloo."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    """The teacher, the student, and stage 2 with its discriminator; as torchrun starts them, they talk by gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
     for stage, flags in {meanflow_td: ["--quick", "--teacher-steps", "4", "--steps", "4"], dmd_refine: SHORT}.items():
         end(start(stage.main, *flags, "--parts", 2, "--out", tmp_path / "one"))
-        command = [*torchrun, stage.__file__, *map(str, flags), "--out", tmp_path / "two"]
-        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+        command = [sys.executable, stage.__file__, *map(str, flags), "--out", tmp_path / "two"]
+        ranks = [{"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+        pair = [subprocess.Popen(command, env=os.environ | place | rank, stderr=subprocess.PIPE) for rank in ranks]
+        for process in pair:
+            said = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, said.decode()
     for stage in ("teacher", "td", "hd-seed0"):
         one, two = (data.load(tmp_path / folder / f"{stage}.pt", "") for folder in ("one", "two"))
         assert one["config"] == two["config"] and one["config"]["parts"] == 2
